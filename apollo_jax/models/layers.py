@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that every model shares, and the two verbs for stacked layers: `stack` and `fold`.
+
+B batch, L query positions, S key positions, D stream, N query heads, K key/value heads,
+G = N / K query heads per key head, H head dim.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+Initializer = jax.nn.initializers.Initializer
+
+M = TypeVar("M", bound=nnx.Module)
+LECUN = jax.nn.initializers.lecun_normal()
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def axes(*names: str | None) -> dict[str, Any]:
+    """Metadata that names a parameter's logical axes (see `apollo_jax.sharding.RULES`)."""
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+def param(
+    shape: Sequence[int],
+    names: tuple[str | None, ...],
+    init: Initializer,
+    *,
+    dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Param:
+    """A parameter of `shape` with logical axis `names`."""
+    return nnx.Param(init(rngs.params(), tuple(shape), dtype), **axes(*names))
+
+
+def linear(
+    din: int,
+    dout: int,
+    names: tuple[str | None, str | None],
+    *,
+    bias: bool,
+    init: Initializer = LECUN,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """Linear [..., din] -> [..., dout] with named kernel axes."""
+    return nnx.Linear(
+        din,
+        dout,
+        use_bias=bias,
+        kernel_init=init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        kernel_metadata=axes(*names),
+        bias_metadata=axes(names[1]),
+    )
+
+
+def layer_norm(
+    dim: int, eps: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
+) -> nnx.LayerNorm:
+    """LayerNorm over the last axis, statistics in float32."""
+    return nnx.LayerNorm(
+        dim,
+        epsilon=eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+        scale_metadata=axes("norm"),
+        bias_metadata=axes("norm"),
+    )
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32, returned in `dtype`."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        self.scale = param((dim,), ("norm",), nnx.initializers.ones, dtype=param_dtype, rngs=rngs)
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+
+
+def attention(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "#B #L S"] | None = None,
+) -> Float[Array, "B L N H"]:
+    """Softmax attention with grouped query heads, scale 1/sqrt(H), softmax in float32.
+
+    `mask` is True where a query may look; a query that may look nowhere gets a uniform average.
+    """
+    b, length, n, h = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(b, length, kv_heads, n // kv_heads, h)
+    scores = jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32)
+    scores = scores * h**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bkgls,bskh->blkgh", weights, v)
+    return out.reshape(b, length, n, h)
+
+
+def stack(make: Callable[[nnx.Rngs], M], depth: int, rngs: nnx.Rngs) -> M:
+    """`depth` layers as one module whose parameters have a leading `layers` axis."""
+    build = nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    return build(rngs.split(depth))
+
+
+def fold(
+    layers: nnx.Module,
+    x: Array,
+    *args: Any,
+    per_layer: Any = (),
+    remat: str = "none",
+    unroll: int = 1,
+) -> tuple[Array, Any]:
+    """Run stacked layers in order: x, y = layer(x, *args, *per_layer[i]); y is stacked.
+
+    Args:
+      layers: a module made by `stack`; each layer returns (x, y), y may be None.
+      per_layer: pytree of arrays with a leading `layers` axis, one slice for each layer.
+      remat: what the backward pass keeps, a name in REMAT_POLICIES.
+      unroll: layers per loop iteration (for debugging and tiny models).
+    Returns the last x and the stacked y.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"unknown remat {remat!r}; known: {', '.join(REMAT_POLICIES)}")
+    graphdef, state = nnx.split(layers)
+
+    def body(x: Array, inputs: tuple) -> tuple[Array, Any]:
+        layer_state, extra = inputs
+        return nnx.merge(graphdef, layer_state)(x, *args, *extra)
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)

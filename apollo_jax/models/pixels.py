@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""uint8 canvases to an encoder's normalised pixels, on the device.
+
+N clips, F frames, S canvas side, I encoder image side. The exact host path (bit for bit the
+official preprocessing) is `data_pipeline.transforms`; this one differs by resampling rounding.
+"""
+
+import jax
+import jax.numpy as jnp
+from data_pipeline.transforms import FrameSpec
+from jaxtyping import Array, Float, Int, UInt8
+
+_RESIZE = {"pil_bicubic": ("cubic", True), "cv2_bilinear": ("linear", False)}
+
+
+def prepare(
+    frames: UInt8[Array, "N F S S 3"], geometry: Int[Array, "N 4"], spec: FrameSpec
+) -> Float[Array, "N F I I 3"]:
+    """Pad with the encoder's colour, resize the square, normalise; float32.
+
+    Args:
+      geometry: top, left, height, width of the picture inside the square.
+      spec: size, statistics and resampling of the encoder.
+    """
+    x = jnp.where(
+        inside(geometry, frames.shape[2])[:, None, ..., None],
+        frames,
+        jnp.asarray(spec.pad_colour, jnp.uint8),
+    ).astype(jnp.float32)
+    if spec.size != frames.shape[2]:
+        x = resize(x, spec)
+    mean, std = (jnp.asarray(v, jnp.float32) for v in (spec.mean, spec.std))
+    return (x / 255.0 - mean) / std
+
+
+def inside(geometry: Int[Array, "N 4"], side: int) -> jax.Array:
+    """bool[N, S, S], True on the picture."""
+    top, left, height, width = (geometry[:, i, None, None] for i in range(4))
+    y, x = jnp.arange(side)[None, :, None], jnp.arange(side)[None, None, :]
+    return (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+
+
+def resize(x: Float[Array, "N F S S 3"], spec: FrameSpec) -> Float[Array, "N F I I 3"]:
+    """Resize to spec.size and round to grey levels, as the 8-bit host resizers do."""
+    method, antialias = _RESIZE[spec.resample]
+    shape = (*x.shape[:2], spec.size, spec.size, 3)
+    x = jax.image.resize(x, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
+    return jnp.clip(jnp.round(x), 0.0, 255.0)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SigLIP image tower (arXiv 2303.15343), as Apollo uses it: patch features of an early layer.
+
+N clips, F frames, P side of the patch grid, I image side (pixels), D stream, H head dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from data_pipeline.transforms import FrameSpec
+from flax import nnx
+from jaxtyping import Array, Float
+
+from apollo_jax.models import layers
+
+
+@dataclass(frozen=True)
+class Config:
+    """Published fields of a SigLIP vision tower; defaults are SO400M/14 at 384."""
+
+    kind: Literal["siglip"] = "siglip"
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    image_size: int = 384
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    feature_layer: int = -2  # hidden_states index; only the layers below it are built
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def so400m_384(cls) -> "Config":
+        """google/siglip-so400m-patch14-384."""
+        return cls()
+
+    @property
+    def built_layers(self) -> int:
+        return self.num_hidden_layers + 1 + self.feature_layer
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Feature grid (T, H, W) of one frame."""
+        side = self.image_size // self.patch_size
+        return 1, side, side
+
+    @property
+    def frame_spec(self) -> FrameSpec:
+        return FrameSpec(self.image_size, self.image_mean, self.image_std, "pil_bicubic")
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: biased linears, tanh-GELU."""
+
+    def __init__(self, c: Config, *, rngs: nnx.Rngs, **dtypes: Any):
+        d, kw = c.hidden_size, dict(dtypes, rngs=rngs)
+        self.heads = c.num_attention_heads
+        self.norm1 = layers.layer_norm(d, c.layer_norm_eps, **kw)
+        self.q = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
+        self.k = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
+        self.v = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
+        self.out = layers.linear(d, d, ("heads", "embed"), bias=True, **kw)
+        self.norm2 = layers.layer_norm(d, c.layer_norm_eps, **kw)
+        self.fc1 = layers.linear(d, c.intermediate_size, ("embed", "mlp"), bias=True, **kw)
+        self.fc2 = layers.linear(c.intermediate_size, d, ("mlp", "embed"), bias=True, **kw)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], None]:
+        h = self.norm1(x)
+        q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
+        x = x + self.out(layers.attention(q, k, v).reshape(x.shape))
+        x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
+        return x, None
+
+
+class SigLIP(nnx.Module):
+    """[N, F, I, I, 3] normalised pixels -> [N, F, P, P, D] features of `feature_layer`."""
+
+    def __init__(
+        self, c: Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
+    ):
+        kw = dict(dtype=dtype, param_dtype=param_dtype)
+        self.patch_size, self.side, self.dtype = c.patch_size, c.grid[1], dtype
+        self.patch_embed = layers.linear(
+            3 * c.patch_size**2, c.hidden_size, ("patch", "embed"), bias=True, rngs=rngs, **kw
+        )
+        self.positions = nnx.Param(
+            jnp.asarray(sincos_2d(self.side, c.hidden_size), param_dtype),
+            **layers.axes("position", "embed"),
+        )
+        self.layers = layers.stack(lambda r: Block(c, rngs=r, **kw), c.built_layers, rngs)
+
+    def __call__(
+        self, pixels: Float[Array, "N F I I 3"], *, remat: str = "none"
+    ) -> Float[Array, "N F P P D"]:
+        n, f = pixels.shape[:2]
+        x = self.patch_embed(patchify(pixels, self.patch_size).astype(self.dtype))
+        x = x.reshape(n * f, self.side**2, -1) + self.positions[...].astype(self.dtype)
+        x, _ = layers.fold(self.layers, x, remat=remat)
+        return x.reshape(n, f, self.side, self.side, -1)
+
+
+def patchify(pixels: Float[Array, "*b I I 3"], patch: int) -> Float[Array, "*b P P K"]:
+    """Non-overlapping patches, flattened row, column, channel; a remainder at the edge is dropped."""
+    *lead, height, width, channels = pixels.shape
+    rows, columns = height // patch, width // patch
+    x = pixels[..., : rows * patch, : columns * patch, :]
+    x = x.reshape(*lead, rows, patch, columns, patch, channels)
+    x = jnp.moveaxis(x, -4, -3)  # [*b, rows, columns, patch, patch, channels]
+    return x.reshape(*lead, rows, columns, patch * patch * channels)
+
+
+def sincos_2d(side: int, dim: int) -> Float[np.ndarray, "P*P D"]:
+    """2-D sine-cosine table: where a fresh tower's learned positions start (as in big_vision)."""
+    omega = 1.0 / 10_000 ** (np.arange(dim // 4) / max(1, dim // 4 - 1))
+    y, x = np.mgrid[:side, :side].reshape(2, -1)
+    angles = [np.outer(axis, omega) for axis in (x, y)]
+    table = np.concatenate([g(a) for a in angles for g in (np.sin, np.cos)], axis=1)
+    return np.pad(table, ((0, 0), (0, dim - table.shape[1])))
