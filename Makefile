@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target makes the environment it needs. PYTHON=python3.12 chooses another interpreter, which
+# gets an environment of its own; ARGS="..." is handed to the command that a target runs.
+
+ifdef PYTHON
+  VENV = .venv-python$(VERSION)
+else
+  PYTHON := $(shell for p in python3.11 python3.12 python3; do \
+      $$p -c '' 2>/dev/null && echo $$p && break; done)
+  VENV = .venv
+endif
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := requirements/lock-py$(subst .,,$(VERSION))
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
+WORKDIR ?= runs/demo
+WORKERS ?= 2
+
+.PHONY: help demo test check parity format lock
+help:
+	@echo 'make demo     build a video language model out of mp4 files and watch it answer'
+	@echo 'make test     the tests'
+	@echo 'make check    lint, formatting and types'
+	@echo 'make parity   the tests that compare with PyTorch (installs the torch extra)'
+	@echo 'make format   let ruff mend what it can'
+	@echo 'make lock     resolve requirements/lock-*.txt again'
+
+demo: $(VENV)/.installed
+	$(BIN)/apollo-jax demo --workdir $(WORKDIR) $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+check: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+parity: $(VENV)/.torch
+	$(BIN)/python -m pytest -m parity $(ARGS)
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+lock:
+	$(PYTHON) -m venv build/lock-$(VERSION)
+	build/lock-$(VERSION)/bin/python requirements/lock.py
+
+$(VENV)/.installed: $(LOCK).txt pyproject.toml
+	@echo 'making $(VENV) with Python $(VERSION): about a minute, once'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r $(LOCK).txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.torch: $(LOCK)-torch.txt $(VENV)/.installed
+	$(PIP) -r $(LOCK).txt -r $(LOCK)-torch.txt
+	@touch $@
+
+requirements/lock-py%.txt:
+	@echo 'apollo_jax needs Python 3.11 or 3.12; PYTHON="$(PYTHON)" is Python "$(VERSION)".'
+	@echo 'Name another one (make test PYTHON=python3.12), or lock this one (make lock PYTHON=...).'
+	@exit 1
