@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the exact versions that `make` installs: lock-pyXY.txt, and lock-pyXY-torch.txt on top of it.
+"""Writes the exact versions that `make` installs: lock-pyXY.txt and, on top, lock-pyXY-torch.txt.
 
 Run by `make lock` with the interpreter to lock for. Pins are names and versions only: which index
 serves them is the reader's own pip configuration.
