@@ -10,6 +10,9 @@ else
   VENV = .venv
 endif
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+  $(error no Python at "$(PYTHON)": apollo_jax needs 3.11 or 3.12, see PYTHON=...)
+endif
 LOCK := requirements/lock-py$(subst .,,$(VERSION))
 
 BIN = $(VENV)/bin
@@ -60,6 +63,6 @@ $(VENV)/.torch: $(LOCK)-torch.txt $(VENV)/.installed
 	@touch $@
 
 requirements/lock-py%.txt:
-	@echo 'apollo_jax needs Python 3.11 or 3.12; PYTHON="$(PYTHON)" is Python "$(VERSION)".'
+	@echo 'apollo_jax needs Python 3.11 or 3.12, and "$(PYTHON)" is Python $(VERSION).'
 	@echo 'Name another one (make test PYTHON=python3.12), or lock this one (make lock PYTHON=...).'
 	@exit 1
