@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frame shards (format AFS1): JPEG frames on a constant-fps grid inside ArrayRecord files.
+
+A directory holds `frames-00000.array_record`, ..., one JSON sidecar per finished shard, and, once
+complete, `index.npz` (where each medium lies) and `manifest.json`, which readers require. One
+record is one segment (8 s) of one medium:
+
+    "AFS1" | u32 header bytes | u32 n | msgpack header | u32 offsets[n+1] | JPEG payloads
+
+n clips, F frames per clip, S canvas side; grid frame k shows the source at k / stored fps seconds.
+"""
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import simplejpeg
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+MAGIC = b"AFS1"
+_PREFIX = struct.Struct("<4sII")  # magic, header bytes, number of frames
+_READ_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, struct.error)
+
+
+class FrameShardError(ValueError):
+    """A record that cannot be read; the message names shard and medium."""
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """How frames are stored: grid fps, longest side in pixels, JPEG settings, segment length."""
+
+    fps: float = 2.0
+    size: int = 384
+    quality: int = 90
+    subsampling: str = "420"
+    segment_seconds: float = 8.0
+
+    @property
+    def segment_frames(self) -> int:
+        return max(1, round(self.fps * self.segment_seconds))
+
+    def encode(self, frame: np.ndarray) -> bytes:
+        """u8[h, w, 3] RGB -> JPEG."""
+        return simplejpeg.encode_jpeg(
+            np.ascontiguousarray(frame), self.quality, colorsubsampling=self.subsampling
+        )
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """One stored video or image; times in seconds, sides of the stored frames in pixels."""
+
+    id: str
+    kind: str  # 'video' | 'image'
+    num_frames: int  # of the source
+    fps: float  # of the source, average
+    duration: float
+    stored_frames: int
+    stored_fps: float
+    height: int
+    width: int
+
+
+def encode_segments(
+    media_id: str,
+    jpegs: Sequence[bytes],
+    pts: Sequence[float],
+    size: tuple[int, int],
+    spec: ShardSpec,
+) -> list[bytes]:
+    """Grid frames of one medium -> its records; `pts` is each shown frame's true time (s)."""
+    records = []
+    for start in range(0, len(jpegs), spec.segment_frames):
+        part = jpegs[start : start + spec.segment_frames]
+        grid = range(start, start + len(part))
+        header: bytes = msgpack.packb(  # pyright: ignore[reportAssignmentType]
+            {
+                "v": 1,
+                "id": media_id,
+                "seg": start // spec.segment_frames,
+                "layer": 0,
+                "n": len(part),
+                "hw": size,
+                "codec": "jpeg",
+                "q": spec.quality,
+                "subsampling": spec.subsampling,
+                "fps": spec.fps,
+                "t_us": [round(k * 1e6 / spec.fps) for k in grid],
+                "pts_us": [round(pts[k] * 1e6) for k in grid],
+                "crc": [zlib.crc32(jpeg) for jpeg in part],
+            }
+        )
+        offsets = np.cumsum([0, *map(len, part)], dtype="<u4").tobytes()
+        prefix = _PREFIX.pack(MAGIC, len(header), len(part))
+        records.append(b"".join((prefix, header, offsets, *part)))
+    return records
+
+
+def decode_segment(record: bytes) -> tuple[dict[str, Any], list[memoryview]]:
+    """Record -> (header, JPEG payloads), without copying."""
+    magic, header_bytes, count = _PREFIX.unpack_from(record)
+    if magic != MAGIC:
+        raise ValueError(f"record starts with {magic!r}, not {MAGIC!r}")
+    view = memoryview(record)
+    at = _PREFIX.size + header_bytes
+    header = msgpack.unpackb(view[_PREFIX.size : at])
+    offsets = np.frombuffer(record, "<u4", count + 1, at).tolist()
+    payload = view[at + 4 * (count + 1) :]
+    return header, [payload[a:b] for a, b in pairwise(offsets)]
+
+
+# Columns of index.npz, one row per medium: MediaInfo without its strings, and where it lies.
+INDEX_DTYPES = {
+    "num_frames": np.int64,
+    "fps": np.float64,
+    "duration": np.float64,
+    "stored_frames": np.int32,
+    "stored_fps": np.float64,
+    "height": np.int32,
+    "width": np.int32,
+    "shard": np.int32,
+    "record": np.int64,  # the medium's first record inside its shard
+}
+
+
+class FrameShards:
+    """Random access to a complete directory of frame shards; picklable and thread-safe."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        manifest = self.path / "manifest.json"
+        if not manifest.exists():
+            raise FileNotFoundError(
+                f"{manifest} does not exist: {self.path} is no complete set of frame shards; "
+                f"make one with `apollo-jax predecode --output {self.path}` (rerun it to resume)"
+            )
+        text = manifest.read_bytes()
+        self.manifest = json.loads(text)
+        if self.manifest.get("format") != MAGIC.decode():
+            raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} is not AFS1")
+        self.fingerprint = hashlib.sha256(text).hexdigest()
+        known = {f.name for f in fields(ShardSpec)}
+        self.spec = ShardSpec(**{k: v for k, v in self.manifest["spec"].items() if k in known})
+        with np.load(self.path / "index.npz") as index:
+            self._columns = {k: index[k] for k in (*INDEX_DTYPES, "is_video")}
+            names = index["ids"].tobytes().decode()
+        self._ids = names.split("\0") if names else []
+        self._rows = {name: row for row, name in enumerate(self._ids)}
+        self._open()
+
+    def _open(self) -> None:
+        shards = self.manifest["shards"]
+        self._base = np.cumsum([0, *(s["records"] for s in shards)])
+        files = [self.path / s["file"] for s in shards if s["records"]]
+        for file in files:
+            if not file.exists():
+                raise FileNotFoundError(f"{file} is named by {self.path / 'manifest.json'}")
+        # With counts given nothing is opened here, and a damaged shard fails only where it is read.
+        counts = [s["records"] for s in shards if s["records"]]
+        paths = [f"{f}[0:{n}]" for f, n in zip(files, counts, strict=True)]
+        self._source = ArrayRecordDataSource(paths)
+
+    def __getstate__(self):
+        return {"path": self.path}
+
+    def __setstate__(self, state):
+        self.__init__(state["path"])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __contains__(self, media_id: str) -> bool:
+        return media_id in self._rows
+
+    def ids(self) -> list[str]:
+        return list(self._ids)
+
+    def _row(self, media_id: str) -> int:
+        if media_id not in self._rows:
+            near = get_close_matches(media_id, self._ids, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{media_id!r} is not in the frame shards {self.path}{hint}")
+        return self._rows[media_id]
+
+    def info(self, media_id: str) -> MediaInfo:
+        """What is stored of a medium; ValueError with a suggestion when unknown."""
+        row = self._row(media_id)
+        column = {k: v[row].item() for k, v in self._columns.items()}
+        kind = "video" if column.pop("is_video") else "image"
+        del column["shard"], column["record"]
+        return MediaInfo(id=media_id, kind=kind, **column)
+
+    def read_clips(
+        self, media_id: str, frame_indices: np.ndarray, canvas: np.ndarray
+    ) -> np.ndarray:
+        """Decodes clips in place; returns the picture's i32[4] top, left, height, width.
+
+        `frame_indices` i64[n, F] are source frame numbers; each shows the stored frame nearest to
+        its time. `canvas` u8[n, F, S, S, 3] gets the picture centred and zeros around it. An image
+        fills every slot. FrameShardError for a damaged record, ValueError if S is too small.
+        """
+        info = self.info(media_id)
+        size, height, width = canvas.shape[2], info.height, info.width
+        if max(height, width) > size:
+            raise ValueError(
+                f"{media_id!r} is stored at {height}x{width} in {self.path}, larger than the "
+                f"{size}-pixel frames asked for; use frame_size={self.spec.size}"
+            )
+        top, left = (size - height) // 2, (size - width) // 2
+        canvas[:, :, :top] = canvas[:, :, top + height :] = 0
+        canvas[:, :, :, :left] = canvas[:, :, :, left + width :] = 0
+        pictures = canvas[:, :, top : top + height, left : left + width]
+
+        seconds = np.asarray(frame_indices) / info.fps
+        grid = np.floor(seconds * info.stored_fps + 0.5).astype(np.int64)
+        wanted, slot_frame = np.unique(grid.clip(0, info.stored_frames - 1), return_inverse=True)
+        jpegs = self._jpegs(media_id, wanted.tolist())
+        scratch = np.empty((height, width, 3), np.uint8)
+        drawn = {}
+        for slot, frame in np.ndenumerate(slot_frame.reshape(canvas.shape[:2])):
+            picture = pictures[slot]
+            if frame in drawn:
+                picture[:] = pictures[drawn[frame]]
+                continue
+            drawn[frame] = slot
+            # Full-width pictures are contiguous rows of the canvas: no copy is needed.
+            target = picture if width == size else scratch
+            try:
+                shape = simplejpeg.decode_jpeg(jpegs[frame], buffer=target).shape
+                if shape != target.shape:
+                    raise ValueError(f"JPEG of {shape} where {target.shape} was stored")
+            except ValueError as error:
+                raise self._error(media_id, error) from error
+            if target is scratch:
+                picture[:] = scratch
+        return np.array([top, left, height, width], np.int32)
+
+    def _jpegs(self, media_id: str, frames: list[int]) -> list[memoryview]:
+        """JPEGs of ascending grid frames; every segment is read once."""
+        per_segment = self.spec.segment_frames
+        segments = {s: self._segment(media_id, s) for s in {f // per_segment for f in frames}}
+        return [segments[f // per_segment][f % per_segment] for f in frames]
+
+    def _segment(self, media_id: str, segment: int, check: bool = False) -> list[memoryview]:
+        row = self._row(media_id)
+        first = self._base[self._columns["shard"][row]] + self._columns["record"][row]
+        try:
+            header, jpegs = decode_segment(self._source[int(first) + segment])
+            if (header["id"], header["seg"]) != (media_id, segment):
+                raise ValueError(f"the record holds {header['id']!r} segment {header['seg']}")
+            if check and [zlib.crc32(jpeg) for jpeg in jpegs] != header["crc"]:
+                raise ValueError(f"a frame of segment {segment} has a wrong checksum")
+        except _READ_ERRORS as error:
+            raise self._error(media_id, error) from error
+        return jpegs
+
+    def _error(self, media_id: str, error: Exception) -> FrameShardError:
+        shard = self.manifest["shards"][self._columns["shard"][self._row(media_id)]]
+        return FrameShardError(f"{self.path / shard['file']}: {media_id!r}: {error}")
+
+    def verify(self) -> list[str]:
+        """Reads everything, checksums included; one line per damaged medium, empty if sound."""
+        damaged = []
+        for media_id in self._ids:
+            per_segment = self.spec.segment_frames
+            segments = -(-self.info(media_id).stored_frames // per_segment)
+            try:
+                for segment in range(segments):
+                    self._segment(media_id, segment, check=True)
+            except FrameShardError as error:
+                damaged.append(str(error))
+        return damaged
