@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments: frozen dataclasses <-> locked ConfigDict (files, command line) <-> JSON (workdirs).
+
+A config file is `configs/NAME.py` with `get_config(arg: str = "") -> ConfigDict`; it writes a typed
+`Experiment` and returns `to_config(experiment)`. `load("configs/NAME.py:arg", overrides)` reads it.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict, config_dict
+
+from apollo_jax.models import apollo
+from apollo_jax.sharding import MeshConfig
+from data_pipeline.loader import DataConfig, SourceConfig
+
+T = TypeVar("T")
+DType = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of each component; 0 freezes it. A stage is which of them train."""
+
+    vision_tower: float = 0.0
+    connector: float = 0.0
+    llm: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW after a clip by global norm over what trains (paper App C; betas and decay our own)."""
+
+    learning_rates: LearningRates = LearningRates()
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.03  # share of num_steps
+    clip_norm: float = 1.0  # 0 = no clipping
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, in which precision, and what it leaves behind."""
+
+    num_steps: int
+    dtype: DType = "bfloat16"  # of the computation
+    param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
+    frozen_dtype: DType = "bfloat16"  # of what does not train
+    remat: Literal["none", "dots", "full"] = "none"
+    loss_chunk: int = 0  # positions whose logits exist at a time; 0 = all
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Loss on held-out sources during training, on the data settings of the experiment."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    every: int = 0  # steps; 0 = never
+    batches: int = 8
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that determines a training run."""
+
+    name: str
+    model: apollo.Config
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvalConfig = EvalConfig()
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_from: str = ""  # official folder or a workdir; "" = random
+    seed: int = 0
+
+    def __post_init__(self):
+        problems = list(_problems(self))
+        if problems:
+            raise ValueError("config does not fit together:\n  " + "\n  ".join(problems))
+
+
+def _problems(e: Experiment) -> Iterator[str]:
+    same = {
+        "data.tokens_per_clip": (e.data.tokens_per_clip, e.model.connector.num_output_tokens),
+        "data.frame_size": (e.data.frame_size, e.model.frame_size),
+        "data.frames_per_clip": (e.data.frames_per_clip, e.model.frames_per_clip),
+        "data.clip_duration": (e.data.clip_duration, e.model.clip_duration),
+    }
+    for name, (value, wanted) in same.items():
+        if value != wanted:
+            yield f"config.{name} is {value}, the model takes {wanted}"
+    if e.data.length > e.model.llm.max_position_embeddings:
+        limit = e.model.llm.max_position_embeddings
+        yield f"config.data.length is {e.data.length}, the decoder's positions end at {limit}"
+    for name, rate in dataclasses.asdict(e.optimizer.learning_rates).items():
+        if rate < 0:
+            yield f"config.optimizer.learning_rates.{name} is {rate}; 0 freezes, negative is wrong"
+    chunk = e.train.loss_chunk
+    if chunk < 0 or (chunk and e.data.length % chunk):
+        yield f"config.train.loss_chunk {chunk} must divide config.data.length {e.data.length}"
+    for name in ("num_steps", "log_every", "checkpoint_every", "keep"):
+        if getattr(e.train, name) < 1:
+            yield f"config.train.{name} is {getattr(e.train, name)}, must be at least 1"
+    if e.evaluation.every and not e.evaluation.sources:
+        yield "config.evaluation.every is set but config.evaluation.sources is empty"
+
+
+# ---- files and command line
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> Experiment:
+    """The Experiment of `FILE[:arg]` with `{"a.b": "text"}` overrides applied.
+
+    Raises FileNotFoundError or ValueError naming the file or field, and what is known there.
+    """
+    path, _, arg = spec.partition(":")
+    config = _load_module(Path(path)).get_config(arg)
+    for name, text in (overrides or {}).items():
+        override(config, name, text)
+    return from_dict(Experiment, config.to_dict())
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`["--config.a.b=c", "--config.d", "e"]` to `{"a.b": "c", "d": "e"}`."""
+    found, rest = {}, list(arguments)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        if not flag.startswith("--config."):
+            raise ValueError(f"unknown argument {flag!r}; config fields are --config.a.b=c")
+        if not equals and not rest:
+            raise ValueError(f"{flag} has no value; write {flag}=VALUE")
+        found[flag.removeprefix("--config.")] = value if equals else rest.pop(0)
+    return found
+
+
+def override(config: ConfigDict, name: str, text: str) -> None:
+    """Set the existing field `a.b` of `config` to `text`, which `from_dict` reads by its type."""
+    *parents, last = name.split(".")
+    node: Any = config
+    for key in parents:
+        node = node[key] if isinstance(node, ConfigDict) and key in node else None
+    if not isinstance(node, ConfigDict) or last not in node:
+        known = [f"config.{leaf}" for leaf in _leaves(config.to_dict())]
+        raise ValueError(_unknown_field(f"config.{name}", known))
+    group = node[last]
+    if isinstance(group, ConfigDict):
+        raise ValueError(f"config.{name} is a group with the fields {', '.join(list(group))}")
+    with node.ignore_type():
+        node[last] = text
+
+
+def _unknown_field(name: str, known: Sequence[str]) -> str:
+    last = {k: k.rpartition(".")[2] for k in known}
+    near = difflib.get_close_matches(name.rpartition(".")[2], set(last.values()), n=1)
+    guess = difflib.get_close_matches(name, [k for k in known if last[k] in near], cutoff=0.0)
+    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(known)}"
+    return f"{name} is not a field; {hint}"
+
+
+def _load_module(path: Path) -> types.ModuleType:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        guess = difflib.get_close_matches(path.name, near, n=1) or near
+        there = f"; {path.parent} has {', '.join(guess)}" if guess else ""
+        raise FileNotFoundError(f"config file {path} does not exist{there}")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- dataclass <-> plain values
+
+
+def to_config(value: Any) -> ConfigDict:
+    """A locked ConfigDict with the fields of a dataclass; None becomes a typed placeholder."""
+    return _plain(value).lock()
+
+
+def _plain(value: Any, hint: Any = None) -> Any:
+    if dataclasses.is_dataclass(value):
+        hints = get_type_hints(type(value))
+        items = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return _plain(items, hints)
+    if isinstance(value, dict):
+        hints = hint if isinstance(hint, dict) else {}
+        items = {k: _plain(v, hints.get(k)) for k, v in value.items()}
+        return ConfigDict(items, sort_keys=False)  # the order of the towers has meaning
+    if value is None:
+        return config_dict.placeholder(next(t for t in get_args(hint) if t is not type(None)))
+    return value
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Build the dataclass `cls` from plain values (JSON, a ConfigDict's, or command-line text).
+
+    Raises ValueError naming the field, its type and the known fields.
+    """
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    unknown = [k for k in values if k not in fields]
+    if unknown:
+        raise ValueError(f"{path}: {_unknown_field(unknown[0], list(fields))}")
+    required = (f for f in fields.values() if f.default is f.default_factory)  # both MISSING
+    missing = [f.name for f in required if f.name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return cls(**{k: _read(hints[k], v, f"{path}.{k}") for k, v in values.items()})
+
+
+def _read(hint: Any, value: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, _mapping(value, path), path)  # pyright: ignore[reportArgumentType]
+    if origin in (Union, types.UnionType):
+        return _read_union(args, value, path)
+    if origin is dict:
+        return {k: _read(args[1], v, f"{path}.{k}") for k, v in _mapping(value, path).items()}
+    if origin is tuple:
+        return _read_tuple(args, value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path} is {value!r}; known: {', '.join(map(repr, args))}")
+        return value
+    return _read_scalar(hint, value, path)
+
+
+def _read_union(options: tuple, value: Any, path: str) -> Any:
+    """`T | None`, or dataclasses told apart by their literal `kind` field."""
+    if type(None) in options:
+        (inner,) = (o for o in options if o is not type(None))
+        return None if value in (None, "none", "None") else _read(inner, value, path)
+    kinds = {get_args(get_type_hints(o)["kind"])[0]: o for o in options}
+    kind = _mapping(value, path).get("kind")
+    if kind not in kinds:
+        raise ValueError(f"{path}.kind is {kind!r}; known: {', '.join(kinds)}")
+    return from_dict(kinds[kind], value, path)
+
+
+def _read_tuple(args: tuple, value: Any, path: str) -> tuple:
+    items = [s.strip() for s in value.split(",") if s.strip()] if isinstance(value, str) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError(f"{path} is {value!r}, must be a list (text: a,b,c)")
+    types_ = args[:1] * len(items) if args[1:] == (...,) else args
+    if len(types_) != len(items):
+        raise ValueError(f"{path} has {len(items)} values, takes {len(types_)}: {value!r}")
+    return tuple(_read(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items)))  # noqa: B905
+
+
+def _read_scalar(hint: type, value: Any, path: str) -> Any:
+    if type(value) is hint or (hint is float and type(value) is int):
+        return hint(value)
+    if isinstance(value, str):
+        words = {"true": True, "false": False}
+        try:
+            return words[value.lower()] if hint is bool else hint(value)
+        except (KeyError, ValueError):
+            pass
+    raise ValueError(f"{path} is {value!r}, must be of type {hint.__name__}")
+
+
+def _mapping(value: Any, path: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path} is {value!r}, must be a group of fields")
+    return value
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves = {}
+    for key, value in values.items():
+        inner = _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+        leaves |= inner or {prefix + key: value}
+    return leaves
+
+
+def differences(old: Any, new: Any) -> list[str]:
+    """`a.b: old -> new` for every leaf in which two dataclasses differ; order counts (towers)."""
+    before, after = (_leaves(dataclasses.asdict(x)) for x in (old, new))
+    names = [k for k in {**before, **after} if before.get(k) != after.get(k)]
+    moved = not names and list(before) != list(after)
+    order = [f"order: {', '.join(before)} -> {', '.join(after)}"] if moved else []
+    return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in names] + order

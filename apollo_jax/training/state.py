@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training state: flat dicts of arrays by name, split into what trains and what does not.
+
+A name is the path in the model, "llm/layers/q/kernel"; its first part is the component.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from apollo_jax import sharding
+from apollo_jax.config import TrainConfig
+from apollo_jax.models import apollo
+
+Arrays = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+class TrainState(NamedTuple):
+    """Everything a step reads and (but for `frozen`) replaces."""
+
+    step: Any  # i32[], optimizer updates so far
+    params: dict[str, Any]  # arrays (or their shapes) that train
+    frozen: dict[str, Any]  # that do not: outside the gradient, its clipping and the optimizer
+    opt_state: optax.OptState  # moments of `params` alone
+
+
+def component_of(name: str) -> str:
+    """`llm` of `llm/norm/scale`."""
+    return name.partition("/")[0]
+
+
+def flatten(state: nnx.State) -> dict[str, Any]:
+    """{"connector/latents": variable, ...} of a model's state."""
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, Any]) -> Any:
+    """The model whose weights are `parts`; inverse of `nnx.split` and `flatten`."""
+    tree: dict[str | int, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            *parents, last = (int(k) if k.isdigit() else k for k in name.split("/"))
+            node = tree
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[last] = value
+    return nnx.merge(graphdef, tree)
+
+
+def abstract_model(
+    config: apollo.Config, train: TrainConfig, trained: tuple[str, ...], mesh: Mesh
+) -> tuple[nnx.GraphDef, Shapes]:
+    """The model's graph and, by name, every weight's shape, stored dtype and sharding."""
+    graphdef, state = jax.eval_shape(lambda: nnx.split(_build(config, train, seed=0)))
+    shardings = flatten(sharding.param_shardings(state, mesh))
+
+    def shape(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        trains = component_of(name) in trained
+        dtype = jnp.dtype(train.param_dtype if trains else train.frozen_dtype)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name].get_value())
+
+    return graphdef, {name: shape(name, leaf) for name, leaf in flatten(state).items()}
+
+
+def random_weights(config: apollo.Config, train: TrainConfig, shapes: Shapes, seed: int) -> Arrays:
+    """Fresh weights, made where they will live; the same on any mesh."""
+
+    @partial(jax.jit, out_shardings={name: s.sharding for name, s in shapes.items()})
+    def init() -> Arrays:
+        weights = flatten(nnx.state(_build(config, train, seed)))
+        return {name: weights[name][...].astype(s.dtype) for name, s in shapes.items()}
+
+    return init()
+
+
+def _build(config: apollo.Config, train: TrainConfig, seed: int) -> apollo.Apollo:
+    return apollo.Apollo(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(train.dtype))
+
+
+def split(weights: Mapping[str, Any], trained: tuple[str, ...]) -> tuple[dict, dict]:
+    """(params, frozen): the weights of the trained components, and the others."""
+    params = {n: w for n, w in weights.items() if component_of(n) in trained}
+    return params, {n: w for n, w in weights.items() if n not in params}
+
+
+def abstract_state(
+    shapes: Shapes, trained: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The TrainState as shapes with shardings: to compile against and to restore into."""
+    params, frozen = split(shapes, trained)
+    everywhere = NamedSharding(mesh, P())
+
+    def like(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+    opt_state = jax.eval_shape(tx.init, params)
+    opt_state = optax.tree_map_params(
+        tx,
+        lambda leaf, param: like(leaf, param.sharding),
+        opt_state,
+        params,
+        transform_non_params=lambda leaf: like(leaf, everywhere),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(step, params, frozen, opt_state)
+
+
+def create(weights: Arrays, abstract: TrainState, tx: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, around `weights`."""
+    places = jax.tree.map(lambda s: s.sharding, (abstract.step, abstract.opt_state))
+    params, frozen = split(weights, tuple({component_of(n) for n in abstract.params}))
+    init = jax.jit(lambda p: (jnp.zeros((), jnp.int32), tx.init(p)), out_shardings=places)
+    step, opt_state = init(params)
+    return TrainState(step, params, frozen, opt_state)

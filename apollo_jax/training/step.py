@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step: jax.jit over split state, a Batch in, scalars out.
+
+B rows, L tokens, C clip slots per row, Q visual tokens per clip, D stream.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from apollo_jax.config import TrainConfig
+from apollo_jax.models.apollo import Apollo
+from apollo_jax.training import losses
+from apollo_jax.training.optimizer import Schedule
+from apollo_jax.training.state import Arrays, TrainState, component_of, merge
+from data_pipeline.batch import Batch
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], losses.Sums]
+
+
+def batch_sums(model: Apollo, batch: Batch, train: TrainConfig) -> losses.Sums:
+    """Loss sums of a batch: encode the clips, splice them in, decode."""
+    x = jax.tree.map(jnp.asarray, batch)
+    rows, clips = batch.clip_mask.shape
+    visual = None
+    if clips:
+        frames = x.frames.reshape(rows * clips, *x.frames.shape[2:])
+        visual = model.encode_clips(frames, x.frame_geometry.reshape(-1, 4), remat=train.remat)
+        visual = visual.reshape(rows, -1, visual.shape[-1])  # [B*C, Q, D] -> [B, C*Q, D]
+    hidden = model.hidden(
+        x.tokens,
+        visual_tokens=visual,
+        visual_index=x.visual_index,
+        positions=x.positions,
+        segment_ids=x.segment_ids,
+        remat=train.remat,
+    )
+    return losses.cross_entropy(
+        hidden, model.llm.unembed, x.targets, x.loss_weights, train.loss_chunk
+    )
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    schedules: Mapping[str, Schedule],
+    train: TrainConfig,
+    abstract: TrainState,
+) -> TrainStep:
+    """(state, batch) -> (state, metrics). The old state's memory is reused: drop it.
+
+    `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
+    """
+    places = jax.tree.map(lambda s: s.sharding, _moving(abstract))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
+    def update(moving: tuple, frozen: Arrays, batch: Batch):
+        count, params, opt_state = moving
+
+        def loss_fn(params: Arrays):
+            sums = batch_sums(merge(graphdef, params, frozen), batch, train)
+            loss, accuracy = losses.mean(sums)
+            return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
+
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        metrics |= grad_norms(grads)
+        metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        return (count + 1, params, opt_state), metrics
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (count, params, opt_state), metrics = update(_moving(state), state.frozen, batch)
+        return TrainState(count, params, state.frozen, opt_state), metrics
+
+    return step
+
+
+def _moving(state: TrainState) -> tuple:
+    return state.step, state.params, state.opt_state
+
+
+def make_eval_step(graphdef: nnx.GraphDef, train: TrainConfig) -> EvalStep:
+    """(state, batch) -> loss sums."""
+
+    @jax.jit
+    def sums(params: Arrays, frozen: Arrays, batch: Batch) -> losses.Sums:
+        return batch_sums(merge(graphdef, params, frozen), batch, train)
+
+    return lambda state, batch: sums(state.params, state.frozen, batch)
+
+
+def grad_norms(grads: Arrays) -> Metrics:
+    """Norm of each component's gradient, and of all of them together, before clipping."""
+    squares: dict[str, jax.Array] = {}
+    for name, grad in grads.items():
+        square = jnp.sum(jnp.square(grad.astype(jnp.float32)))
+        component = component_of(name)
+        squares[component] = squares.get(component, jnp.zeros((), jnp.float32)) + square
+    norms = {f"grad_norm/{c}": jnp.sqrt(s) for c, s in squares.items()}
+    return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros((), jnp.float32)))} | norms
