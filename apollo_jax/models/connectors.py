@@ -214,6 +214,7 @@ class Connector(nnx.Module):
     ):
         kw = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         v, d = c.vision_hidden_size, c.text_hidden_size
+        self.config = c
         self.grid, self.dtype = c.token_input_shape, dtype
         if c.projector_type.startswith("conv2d"):
             self.proj = Conv2D(v, d, int(c.projector_type.rpartition("x")[2]), **kw)

@@ -109,6 +109,7 @@ class InternVideo2(nnx.Module):
         self, c: Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
     ):
         kw = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config = c
         self.patch, self.tubelet, self.grid, self.dtype = (
             c.patch_size,
             c.tubelet_size,

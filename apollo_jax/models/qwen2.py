@@ -128,6 +128,7 @@ class Qwen2(nnx.Module):
         kw = dict(dtype=dtype, param_dtype=param_dtype)
         normal = jax.nn.initializers.normal(c.initializer_range)
         table = (c.vocab_size, c.hidden_size)
+        self.config = c
         self.head_dim, self.rope_theta, self.dtype = c.head_dim, c.rope_theta, dtype
         self.embedding = layers.param(
             table, ("vocab", "embed"), normal, dtype=param_dtype, rngs=rngs

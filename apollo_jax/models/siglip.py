@@ -83,6 +83,7 @@ class SigLIP(nnx.Module):
         self, c: Config, *, rngs: nnx.Rngs, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32
     ):
         kw = dict(dtype=dtype, param_dtype=param_dtype)
+        self.config = c
         self.patch_size, self.side, self.dtype = c.patch_size, c.grid[1], dtype
         self.patch_embed = layers.linear(
             3 * c.patch_size**2, c.hidden_size, ("patch", "embed"), bias=True, rngs=rngs, **kw

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SigLIP vision tower <-> transformers' SiglipVisionModel."""
+
+from typing import Any
+
+from apollo_jax.checkpoints.rules.fields import defaults, take
+from apollo_jax.checkpoints.rules.table import Rule, Table, Unused, conv, norm, weight
+from apollo_jax.models.siglip import Config, SigLIP
+
+MODEL = SigLIP
+# What SiglipVisionConfig assumes where config.json is silent (its base/16 size at 224).
+KNOWN = defaults(Config, "kind", "feature_layer", "image_mean", "image_std") | dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    image_size=224,
+    patch_size=16,
+)
+FIXED = dict(hidden_act="gelu_pytorch_tanh", num_channels=3)
+PREPROCESSOR = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+PREPROCESSOR_FIXED = dict(resample=3, rescale_factor=1 / 255)  # PIL bicubic, to [0, 1]
+
+EMBEDDINGS = "vision_model.embeddings"
+BLOCK = "vision_model.encoder.layers.{i}"
+HEAD = "vision_model.head"
+
+
+def config(files: dict[str, Any], where: str) -> Config:
+    """Config from config.json and preprocessor_config.json."""
+    preprocessor = files.get("preprocessor_config.json", {})
+    return Config(
+        **take(files["config.json"], KNOWN, FIXED, f"{where}/config.json"),
+        **take(
+            preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED, f"{where}/preprocessor_config.json"
+        ),
+    )
+
+
+def published(c: Config) -> dict[str, Any]:
+    """The published JSON files of a fresh tower."""
+    size = dict(height=c.image_size, width=c.image_size)
+    return {
+        "config.json": dict(
+            architectures=["SiglipVisionModel"],
+            attention_dropout=0.0,
+            **FIXED,
+            **{name: getattr(c, name) for name in KNOWN},
+            model_type="siglip_vision_model",
+        ),
+        "preprocessor_config.json": dict(
+            do_convert_rgb=None,
+            do_normalize=True,
+            do_rescale=True,
+            do_resize=True,
+            image_mean=list(c.image_mean),
+            image_processor_type="SiglipImageProcessor",
+            image_std=list(c.image_std),
+            size=size,
+            **PREPROCESSOR_FIXED,
+        ),
+    }
+
+
+def table(c: Config, published_config: dict[str, Any]) -> Table:
+    """The rules; layers from `feature_layer` on and the pooling head are unused."""
+    d, m = c.hidden_size, c.intermediate_size
+    unused = [
+        Unused(
+            "features are taken before the last norm",
+            {f"vision_model.post_layernorm.{name}": (d,) for name in ("weight", "bias")},
+        )
+    ]
+    if published_config.get("vision_use_head", True):
+        unused.append(Unused("Apollo keeps all patches, nothing is pooled", head_shapes(d, m)))
+    rules = [
+        *weight(
+            f"{EMBEDDINGS}.patch_embedding",
+            "patch_embed",
+            bias=True,
+            how=conv(c.patch_size, c.patch_size),
+        ),
+        Rule(f"{EMBEDDINGS}.position_embedding.weight", "positions"),
+        *norm(f"{BLOCK}.layer_norm1", "layers.norm1", bias=True),
+        *weight(f"{BLOCK}.self_attn.q_proj", "layers.q", bias=True),
+        *weight(f"{BLOCK}.self_attn.k_proj", "layers.k", bias=True),
+        *weight(f"{BLOCK}.self_attn.v_proj", "layers.v", bias=True),
+        *weight(f"{BLOCK}.self_attn.out_proj", "layers.out", bias=True),
+        *norm(f"{BLOCK}.layer_norm2", "layers.norm2", bias=True),
+        *weight(f"{BLOCK}.mlp.fc1", "layers.fc1", bias=True),
+        *weight(f"{BLOCK}.mlp.fc2", "layers.fc2", bias=True),
+    ]
+    return Table(tuple(rules), c.num_hidden_layers, tuple(unused))
+
+
+def head_shapes(d: int, m: int) -> dict[str, tuple[int, ...]]:
+    """The attention-pooling head."""
+    return {
+        f"{HEAD}.probe": (1, 1, d),
+        f"{HEAD}.attention.in_proj_weight": (3 * d, d),
+        f"{HEAD}.attention.in_proj_bias": (3 * d,),
+        f"{HEAD}.attention.out_proj.weight": (d, d),
+        f"{HEAD}.attention.out_proj.bias": (d,),
+        f"{HEAD}.layernorm.weight": (d,),
+        f"{HEAD}.layernorm.bias": (d,),
+        f"{HEAD}.mlp.fc1.weight": (m, d),
+        f"{HEAD}.mlp.fc1.bias": (m,),
+        f"{HEAD}.mlp.fc2.weight": (d, m),
+        f"{HEAD}.mlp.fc2.bias": (d,),
+    }

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two-way tables between published tensors and our parameters.
+
+One `Rule` serves both directions: `name` is the published tensor, `path` the parameter (dotted),
+`{i}` in a name a layer of a stacked parameter. A table also knows the published tensors that no
+parameter takes, so that a folder can be checked to the last key and written back complete.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Shape = tuple[int, ...]
+MAX_LISTED = 30  # names of one kind in an error message
+
+
+@dataclass(frozen=True)
+class Transform:
+    """`ours` turns a published tensor into our layout, `published` turns it back."""
+
+    ours: Callable[[Any], Any]
+    published: Callable[[Any], Any]
+
+
+SAME = Transform(lambda x: x, lambda x: x)
+TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
+
+
+def squeeze(axes: int) -> Transform:
+    """Drop leading axes of size one."""
+    return Transform(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+
+
+def conv(*kernel: int) -> Transform:
+    """[out, in, *kernel] <-> [(*kernel, in), out]: a convolution whose stride is its kernel."""
+    n = len(kernel)
+    return Transform(
+        lambda x: x.transpose(*range(2, n + 2), 1, 0).reshape(-1, x.shape[0]),
+        lambda x: x.reshape(*kernel, -1, x.shape[-1]).transpose(n + 1, n, *range(n)),
+    )
+
+
+class Rule(NamedTuple):
+    """One published name, one parameter; `alias` is a second spelling found in the wild."""
+
+    name: str
+    path: str
+    transform: Transform = SAME
+    alias: str = ""
+
+
+class Unused(NamedTuple):
+    """Published tensors without a parameter, and why."""
+
+    reason: str
+    shapes: dict[str, Shape]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A model's rules; `depth` published layers `{i}`, of which ours may be the first few."""
+
+    rules: tuple[Rule, ...]
+    depth: int = 0
+    unused: tuple[Unused, ...] = ()
+    copies: dict[str, str] = field(default_factory=dict)  # optional tensor -> the one it equals
+
+
+class Slot(NamedTuple):
+    """Where a published tensor lives: a parameter, one layer of it, or nowhere (no path)."""
+
+    shape: Shape
+    path: str = ""
+    layer: int | None = None
+    transform: Transform = SAME
+    alias: str = ""
+
+
+def weight(name: str, path: str, *, bias: bool = False, how: Transform = TRANSPOSE) -> list[Rule]:
+    """A linear or convolution: weight <-> kernel, bias <-> bias."""
+    rules = [Rule(f"{name}.weight", f"{path}.kernel", how)]
+    return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
+
+
+def norm(name: str, path: str, *, bias: bool = False) -> list[Rule]:
+    """A norm: weight <-> scale, bias <-> bias."""
+    rules = [Rule(f"{name}.weight", f"{path}.scale")]
+    return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
+
+
+def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
+    """Every published tensor of a model whose parameters are `leaves` (path -> shaped value)."""
+    out: dict[str, Slot] = {}
+    for name, path, transform, alias in table.rules:
+        stacked, shape = "{i}" in name, leaves[path].shape
+        one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
+        published = jax.eval_shape(transform.published, one).shape
+        for i in range(table.depth) if stacked else (None,):
+            used = i is None or i < shape[0]
+            key = name.format(i=i)
+            assert key not in out, f"two rules for {key}"
+            out[key] = Slot(published, path * used, i, transform, alias.format(i=i))
+    for group in table.unused:
+        out |= {name: Slot(shape) for name, shape in group.shapes.items()}
+    missing = leaves.keys() - {slot.path for slot in out.values()}
+    assert not missing, f"no rule for {sorted(missing)}"
+    return out
+
+
+def spellings(
+    table: Table, expected: Mapping[str, Slot], found: Mapping[str, Shape], where: str
+) -> dict[str, str]:
+    """Canonical name -> the name found, if `found` is exactly what is expected.
+
+    Raises one ValueError that lists unknown, missing and mis-shaped tensors by name.
+    """
+    names = {
+        name: slot.alias if name not in found and slot.alias in found else name
+        for name, slot in expected.items()
+    }
+    shapes = {stored: expected[name].shape for name, stored in names.items()}
+    shapes |= {copy: shapes[of] for copy, of in table.copies.items() if copy in found}
+    missing = [name for name in shapes if name not in found]
+    unknown = [name + _near(name, missing) for name in found if name not in shapes]
+    misshaped = [
+        f"{name} {tuple(found[name])}, the config gives {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    kinds = {"unknown": unknown, "missing": missing, "mis-shaped": misshaped}
+    problems = [f"\n  {kind} ({len(v)}):{_listed(v)}" for kind, v in kinds.items() if v]
+    if problems:
+        raise ValueError(f"{where}: the tensors do not fit the config{''.join(problems)}")
+    return {n: s for n, s in names.items()} | {c: c for c in table.copies if c in found}
+
+
+def to_ours(
+    expected: Mapping[str, Slot], read: Callable[[str], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, our array), one parameter after the other; `read` gives a published tensor."""
+    by_path: dict[str, list[tuple[str, Slot]]] = {}
+    for name, slot in expected.items():
+        if slot.path:
+            by_path.setdefault(slot.path, []).append((name, slot))
+    for path, parts in by_path.items():
+        arrays = [slot.transform.ours(read(name)) for name, slot in parts]
+        stacked = parts[0][1].layer is not None
+        yield path, np.stack(arrays) if stacked else arrays[0]
+
+
+def to_published(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
+    """The published tensor of a slot that has a parameter."""
+    value = np.asarray(leaves[slot.path])
+    return slot.transform.published(value if slot.layer is None else value[slot.layer])
+
+
+def _near(name: str, candidates: list[str]) -> str:
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    shown = [*names[:MAX_LISTED], f"... and {more} more"] if more > 0 else names
+    return "".join(f"\n    {name}" for name in shown)
