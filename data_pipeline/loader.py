@@ -88,7 +88,8 @@ class Loader:
     def __init__(
         self, config: DataConfig, *, num_steps: int, process_index: int = 0, process_count: int = 1
     ):
-        if config.batch_size % process_count or not 0 <= process_index < process_count:
+        assert 0 <= process_index < process_count
+        if config.batch_size % process_count:
             raise ValueError(
                 f"batch_size={config.batch_size} rows do not divide over {process_count} processes"
             )

@@ -198,7 +198,7 @@ def test_an_epoch_has_every_record_exactly_once(root):
     assert said != [f"This is {t}." for t in range(100)]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 5, 11])
+@pytest.mark.parametrize("stop", [0, 1, 5, 11, 12])
 def test_resumed_is_uninterrupted(root, stop):
     config = data(root)
     whole = load(config, 12)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples: which clips a record gets when a row is too short for all of them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.conversation import Turn
+from data_pipeline.samples import SampleMaker
+from data_pipeline.sampling import ClipSampling, sample_clips
+from data_pipeline.sources import Media, Record
+from data_pipeline.tokenizer import Tokenizer
+
+LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"
+TOKENIZER = Tokenizer.from_path(LLM)
+
+
+class Shards(dict):
+    """Facts about media, without frames: {id: (kind, seconds)} at 30 fps."""
+
+    def info(self, media_id: str) -> SimpleNamespace:
+        kind, seconds = self[media_id]
+        return SimpleNamespace(kind=kind, fps=30.0, num_frames=30 * seconds, duration=seconds)
+
+
+SHARDS: Any = Shards(hour=("video", 3600), minute=("video", 60), a=("image", 0), b=("image", 0))
+
+
+def make(media: list[str], length=10**6, clips=10**4, sampling="", **how):
+    kinds = [SHARDS[name][0] for name in media]
+    text = "".join(f"<{kind}>\n" for kind in kinds) + "What?"
+    named = tuple(Media(kind, name) for kind, name in zip(kinds, media, strict=True))
+    record = Record("r", (Turn("user", text), Turn("assistant", "That.")), named, sampling)
+    maker = SampleMaker([SHARDS], TOKENIZER, ClipSampling(**how), 8, length, clips)
+    return maker.make(record)
+
+
+def frames(sample) -> list[np.ndarray]:
+    return [indices for _, _, indices in sample.media]
+
+
+def test_clips_are_those_of_the_sampler():
+    expected = sample_clips(ClipSampling(), fps=30.0, num_frames=1800, duration=60)
+    sample = make(["minute"])
+    np.testing.assert_array_equal(frames(sample)[0], expected.frame_indices)
+    assert (sample.text.visual_index >= 0).sum() == 8 * sample.clips == 8 * 30
+    assert make(["minute"], max_clips=7).clips == 7
+    assert make(["minute"], mode="uniform", uniform_frames=32).clips == 8
+    assert (frames(make(["minute"], sampling="centre"))[0] == 900).all()
+
+
+@pytest.mark.parametrize("media", [["hour"], ["hour", "a"], ["hour", "minute"]])
+@pytest.mark.parametrize("length", [300, 777, 2048])
+def test_a_short_row_gets_as_many_spread_clips_as_fit(media, length):
+    sample = make(media, length=length)
+    assert len(sample.text.tokens) <= length
+    most = max(len(part) for part in frames(sample))
+    whole = sample_clips(ClipSampling(max_clips=most), fps=30.0, num_frames=108000, duration=3600)
+    np.testing.assert_array_equal(frames(sample)[0], whole.frame_indices)
+    one_more = make(media, max_clips=most + 1)
+    assert len(one_more.text.tokens) > length
+
+
+def test_videos_share_the_clip_slots_that_images_leave():
+    sample = make(["hour", "a", "minute", "b"], clips=13)
+    assert [len(part) for part in frames(sample)] == [5, 1, 5, 1]
+    assert frames(sample)[1].tolist() == [[0, 0, 0, 0]]
+
+
+def test_what_cannot_fit_says_why():
+    with pytest.raises(ValueError, match="3 media need more than the 2 clip slots"):
+        make(["a", "b", "minute"], clips=2)
+    with pytest.raises(ValueError, match=r"needs \d+ tokens even .*a row holds 50"):
+        make(["hour"], length=50)
+    with pytest.raises(ValueError, match=r"needs \d+ tokens"):
+        make(["a"], length=30)
