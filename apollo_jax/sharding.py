@@ -2,12 +2,14 @@
 """The mesh, and the one table from logical axis names to mesh axes (GSPMD)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -39,7 +41,7 @@ class MeshConfig:
     tensor: int = 1
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over `devices` (default: all). ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
     shape = [config.data, config.fsdp, config.tensor]
@@ -91,7 +93,7 @@ def _check_divides(name: str, shape: tuple[int, ...], partition: P, mesh: Mesh) 
             )
 
 
-def _ways(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh) -> int:
+def _ways(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:
     axes = () if mesh_axes is None else np.atleast_1d(np.asarray(mesh_axes)).tolist()
     return math.prod(mesh.shape[a] for a in axes)
 

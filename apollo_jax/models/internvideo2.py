@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline.transforms import FrameSpec
 from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from data_pipeline.transforms import FrameSpec
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-Initializer = jax.nn.initializers.Initializer
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 
 M = TypeVar("M", bound=nnx.Module)
 LECUN = jax.nn.initializers.lecun_normal()

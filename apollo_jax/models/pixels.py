@@ -7,8 +7,9 @@ official preprocessing) is `data_pipeline.transforms`; this one differs by resam
 
 import jax
 import jax.numpy as jnp
-from data_pipeline.transforms import FrameSpec
 from jaxtyping import Array, Float, Int, UInt8
+
+from data_pipeline.transforms import FrameSpec
 
 _RESIZE = {"pil_bicubic": ("cubic", True), "cv2_bilinear": ("linear", False)}
 

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from data_pipeline.transforms import FrameSpec
 from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from data_pipeline.transforms import FrameSpec
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SigLIP(nnx.Module):
 
 
 def patchify(pixels: Float[Array, "*b I I 3"], patch: int) -> Float[Array, "*b P P K"]:
-    """Non-overlapping patches, flattened row, column, channel; a remainder at the edge is dropped."""
+    """Non-overlapping patches, flattened row, column, channel; the remainder at the edge goes."""
     *lead, height, width, channels = pixels.shape
     rows, columns = height // patch, width // patch
     x = pixels[..., : rows * patch, : columns * patch, :]
