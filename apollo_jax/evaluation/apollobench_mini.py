@@ -83,7 +83,9 @@ def _train_scene(out: Path, seed: int, index: int) -> dict:
     scene = make_scene(family, rng)
     name, video = f"{family}_{index:05d}", f"videos/train/{family}_{index:05d}.mp4"
     write_video(out / video, scene.frames)
-    turns = [(question_text(q), answer_text(q.options, q.answer)) for q in scene.questions]
+    turns = [
+        (question_text(q, scenes.PROMPT), answer_text(q.options, q.answer)) for q in scene.questions
+    ]
     turns = [turns[i] for i in rng.permutation(len(turns))]
     control = rng.random()
     if control < TEXT_SHARE:  # must guess: the text-only control is in distribution
@@ -151,7 +153,7 @@ def _bindings(number: int, seed: int) -> Iterable[dict]:
         options = rng.choice(words[rng.integers(len(words))], 4, replace=False).tolist()
         answer = int(rng.integers(4))
         question = Question("What is the note?", tuple(options), answer, "Text")
-        prompt = f"Note: {options[answer]}\n{question_text(question)}"
+        prompt = f"Note: {options[answer]}\n{question_text(question, scenes.PROMPT)}"
         yield _record(f"text_{i:05d}", (prompt, answer_text(options, answer)))
 
 

@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from apollo_jax.evaluation import scenes
 from apollo_jax.evaluation.multiple_choice import LETTERS, PromptFormat, Question
 
 _LETTER = PromptFormat(
@@ -22,7 +23,7 @@ _LETTER = PromptFormat(
     instruction="Answer with the option's letter from the given choices directly.",
 )
 PROMPTS = {  # benchmark -> how it asks
-    "apollobench_mini": PromptFormat(),
+    "apollobench_mini": scenes.PROMPT,
     "apollobench": _LETTER,  # as lmms-eval asks, which the paper used
     "multiple_choice": _LETTER,  # any local file
 }

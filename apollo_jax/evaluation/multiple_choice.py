@@ -144,3 +144,19 @@ def _score_rows(rows: Sequence[dict]) -> dict:
 def _scores_by(rows: Sequence[dict], field: str) -> dict[str, dict]:
     names = dict.fromkeys(row[field] for row in rows if row[field])
     return {name: _score_rows([row for row in rows if row[field] == name]) for name in names}
+
+
+def paired_difference(first: Sequence[dict], second: Sequence[dict]) -> dict:
+    """Accuracy of `first` minus `second` on the questions both answered, clustered 95 % interval."""
+    other = {row["id"]: row["correct"] for row in second}
+    pairs = [
+        (row["video"], row["correct"] - other[row["id"]]) for row in first if row["id"] in other
+    ]
+    videos, differences = zip(*pairs, strict=True)
+    values = np.asarray(differences, float)
+    _, index = np.unique(np.asarray(videos), return_inverse=True)
+    half = (
+        Z95 * math.sqrt(np.square(np.bincount(index, values - values.mean())).sum()) / len(values)
+    )
+    mean = float(values.mean())
+    return {"questions": len(values), "difference": mean, "low": mean - half, "high": mean + half}

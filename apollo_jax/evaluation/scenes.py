@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from apollo_jax.evaluation.multiple_choice import Question
+from apollo_jax.evaluation.multiple_choice import PromptFormat, Question
 
 SIZE = 64
 FPS = 8
@@ -29,16 +29,13 @@ COLORS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("square", "circle", "triangle")
-PLACES = {  # x, y of the middle of each quadrant
-    "top left": (16, 16),
-    "top right": (48, 16),
-    "bottom left": (16, 48),
-    "bottom right": (48, 48),
-}
+# Options are single words: once the word is said, its letter is what followed it in the question.
+PLACES = {"top": (32, 13), "bottom": (32, 51), "left": (13, 32), "right": (51, 32)}  # x, y
 DIRECTIONS = ("left", "right", "forward", "backward")
 NUMBERS = ("one", "two", "three", "four")
-PERIODS = {"every second": 1, "every two seconds": 2, "every four seconds": 4, "never": 0}
-LENGTHS = {"half a second": 0.5, "one second": 1, "two seconds": 2, "four seconds": 4}
+PERIODS = {"one": 1, "two": 2, "four": 4, "never": 0}  # seconds
+LENGTHS = {"half": 0.5, "one": 1, "two": 2, "four": 4}  # seconds
+PROMPT = PromptFormat(option="{text} ({letter})")
 CATEGORIES = {  # family -> category of the paper
     "ocr": "Temporal OCR",
     "ego": "Egocentric",
@@ -160,21 +157,11 @@ def draw_still(rng: np.random.Generator) -> tuple[np.ndarray, str]:
 
 
 # ----------------------------------------------------------------------------------------- families
-def _question(family: str, text: str, answer: str, others: Iterable[str], rng) -> Question:
-    options = [answer, *others]
-    options = [options[i] for i in rng.permutation(len(options))]
-    return Question(
-        question=text,
-        options=tuple(options),
-        answer=options.index(answer),
-        category=CATEGORIES[family],
-        family=family,
-        temporal=family != "static",
-    )
-
-
-def _without(names: Iterable[str], *taken: str) -> list[str]:
-    return [name for name in names if name not in taken]
+def _ask(family: str, options: Iterable[str], asked: dict[str, str], rng) -> list[Question]:
+    """One question per {text: answer}, all with the same options in the same shuffled order."""
+    options = tuple(rng.permutation(list(options)).tolist())
+    kind = (CATEGORIES[family], family, family != "static")
+    return [Question(text, options, options.index(answer), *kind) for text, answer in asked.items()]
 
 
 def _num_frames(rng, shortest: int = 3) -> int:
@@ -192,20 +179,19 @@ def _thirds(stills: Sequence[np.ndarray], rng) -> np.ndarray:
 def _ocr(rng) -> Scene:
     first, middle, last, other = rng.choice(list(DIGITS), 4, replace=False).tolist()
     frames = _thirds([draw_digit(d, _shade(rng)) for d in (first, middle, last)], rng)
-    questions = [
-        _question("ocr", f"Which number is shown {when}?", a, (b, middle, other), rng)
-        for when, a, b in (("first", first, last), ("last", last, first))
-    ]
+    asked = {"Which number is shown first?": first, "Which number is shown last?": last}
+    questions = _ask("ocr", (first, middle, last, other), asked, rng)
     return Scene(frames, questions, f"number {first} then {middle} then {last}")
 
 
 def _color(rng) -> Scene:
     before, middle, after, *others = rng.choice(list(COLORS), 5, replace=False).tolist()
     frames = _thirds([draw_screen(c) for c in (before, middle, after)], rng)
-    questions = [
-        _question("color", f"Which color comes right {when} {middle}?", a, (b, *others), rng)
-        for when, a, b in (("before", before, after), ("after", after, before))
-    ]
+    asked = {
+        f"Which color comes right before {middle}?": before,
+        f"Which color comes right after {middle}?": after,
+    }
+    questions = _ask("color", (before, after, *others), asked, rng)
     return Scene(frames, questions, f"screen {before} then {middle} then {after}")
 
 
@@ -221,15 +207,16 @@ def _ego(rng) -> Scene:
         approach, leave = min(0, u / begin - 1), max(0, (u - end) / (1 - end))
         side, near = approach * np.array(motion[first]) + leave * np.array(motion[last])
         frames.append(draw_door(side, near, shade))
-    questions = [
-        _question("ego", f"Which way does the camera move {w}?", a, _without(DIRECTIONS, a), rng)
-        for w, a in (("first", first), ("last", last))
-    ]
+    asked = {
+        "Which way does the camera move first?": first,
+        "Which way does the camera move last?": last,
+    }
+    questions = _ask("ego", DIRECTIONS, asked, rng)
     return Scene(np.stack(frames), questions, f"camera {first} then {last}")
 
 
 def _spat(rng) -> Scene:
-    """An object goes from one quadrant through the centre to another."""
+    """An object goes from one side through the centre to another."""
     start, end = rng.choice(list(PLACES), 2).tolist()
     color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
     total, shade = _num_frames(rng), _shade(rng)
@@ -237,10 +224,11 @@ def _spat(rng) -> Scene:
     u = np.linspace(0, 1, total)
     x, y = (np.interp(u, (0, 0.12, 0.42, 0.58, 0.88, 1), axis) for axis in np.transpose(path))
     frames = [draw_object(color, shape, *at, shade) for at in zip(x, y, strict=True)]
-    questions = [
-        _question("spat", f"Where is the object at the {w}?", a, _without(PLACES, a), rng)
-        for w, a in (("start", start), ("end", end))
-    ]
+    asked = {
+        "Where is the object at the start?": start,
+        "Where is the object at the end?": end,
+    }
+    questions = _ask("spat", PLACES, asked, rng)
     return Scene(np.stack(frames), questions, f"{color} {shape} {start} then {end}")
 
 
@@ -255,10 +243,9 @@ def _blink(rng) -> Scene:
     frame = np.arange(_num_frames(rng)) + rng.integers(8 * FPS)
     half = PERIODS[often] * FPS // 2
     lit = frame // half % 2 if half else np.full(len(frame), rng.integers(2))
-    text = "How often does the light blink?"
-    question = _question("blink", text, often, _without(PERIODS, often), rng)
-    caption = "light never blinks" if often == "never" else f"light blinks {often}"
-    return Scene(_lit_scene("light", lit, rng), [question], caption)
+    questions = _ask("blink", PERIODS, {"Every how many seconds does the light blink?": often}, rng)
+    caption = "light blinks never" if often == "never" else f"light blinks every {often}"
+    return Scene(_lit_scene("light", lit, rng), questions, caption)
 
 
 def _dur(rng) -> Scene:
@@ -267,8 +254,8 @@ def _dur(rng) -> Scene:
     # Always lit at the centre: from one frame every length is as likely.
     start = rng.integers(max(0, total // 2 + 1 - length), min(total // 2 - 1, total - length) + 1)
     lit = (np.arange(total) >= start) & (np.arange(total) < start + length)
-    question = _question("dur", "How long is the lamp on?", long, _without(LENGTHS, long), rng)
-    return Scene(_lit_scene("lamp", lit, rng), [question], f"lamp on for {long}")
+    questions = _ask("dur", LENGTHS, {"For how many seconds is the lamp on?": long}, rng)
+    return Scene(_lit_scene("lamp", lit, rng), questions, f"lamp on for {long}")
 
 
 def _count(rng) -> Scene:
@@ -279,10 +266,8 @@ def _count(rng) -> Scene:
     slots = rng.choice(slots, NUMBERS.index(times) + 1, replace=False)
     frame = np.arange(total) - rng.integers(4)
     lit = np.isin(frame // FPS, slots) & (frame % FPS < FPS // 2)
-    text = "How many times does the star flash?"
-    question = _question("count", text, times, _without(NUMBERS, times), rng)
-    plural = "time" if times == "one" else "times"
-    return Scene(_lit_scene("star", lit, rng), [question], f"star flashes {times} {plural}")
+    questions = _ask("count", NUMBERS, {"How many times does the star flash?": times}, rng)
+    return Scene(_lit_scene("star", lit, rng), questions, f"star flashes {times}")
 
 
 def _static(rng) -> Scene:
@@ -290,8 +275,8 @@ def _static(rng) -> Scene:
     shape = rng.choice(SHAPES)
     x, y = rng.uniform(16, 48, 2)
     still = draw_object(color, shape, x, y, _shade(rng))
-    question = _question("static", "What color is the object?", color, others, rng)
-    return Scene(still[None].repeat(_num_frames(rng), 0), [question], f"still {color} {shape}")
+    questions = _ask("static", (color, *others), {"What color is the object?": color}, rng)
+    return Scene(still[None].repeat(_num_frames(rng), 0), questions, f"still {color} {shape}")
 
 
 def make_scene(family: str, rng: np.random.Generator) -> Scene:

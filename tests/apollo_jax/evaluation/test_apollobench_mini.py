@@ -6,18 +6,10 @@ import json
 
 import av
 import numpy as np
-import pytest
 from PIL import Image
 
 from apollo_jax.evaluation import scenes
 from apollo_jax.evaluation.apollobench_mini import write_video, write_world
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    out = tmp_path_factory.mktemp("world")
-    write_world(out, train_scenes=48, test_scenes_per_family=4, seed=3, workers=1)
-    return out
 
 
 def _lines(path):
@@ -52,8 +44,7 @@ def test_letters_match_options(world):
         said = [turn["value"] for turn in record["conversations"]]
         for question, answer in zip(said[::2], said[1::2], strict=True):
             if "(A)" in question:
-                content, letter = answer.rsplit(" ", 1)
-                assert f"{letter} {content}" in question.splitlines()
+                assert answer in question.splitlines()
 
 
 def test_benchmark_is_balanced(world):
