@@ -72,6 +72,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class PartPaths:
+    """Published folders to start single parts from, the others being random; "" = random."""
+
+    towers: dict[str, str] = field(default_factory=dict)  # by their names in config.model.towers
+    connector: str = ""
+    llm: str = ""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """All that determines a training run."""
 
@@ -82,7 +91,8 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalConfig = EvalConfig()
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    init_from: str = ""  # official folder or a workdir; "" = random
+    init_from: str = ""  # folder of a run or a published model; "" = init_parts
+    init_parts: PartPaths = field(default_factory=PartPaths)
     seed: int = 0
 
     def __post_init__(self):

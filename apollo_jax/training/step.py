@@ -6,17 +6,26 @@ B rows, L tokens, C clip slots per row, Q visual tokens per clip, D stream.
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
-from apollo_jax.config import TrainConfig
+from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models.apollo import Apollo
-from apollo_jax.training import losses
-from apollo_jax.training.optimizer import Schedule
-from apollo_jax.training.state import Arrays, TrainState, component_of, merge
+from apollo_jax.training import losses, stages
+from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
+from apollo_jax.training.state import (
+    Arrays,
+    TrainState,
+    abstract_model,
+    abstract_state,
+    component_of,
+    merge,
+)
 from data_pipeline.batch import Batch
 
 Metrics = dict[str, jax.Array]
@@ -44,6 +53,27 @@ def batch_sums(model: Apollo, batch: Batch, train: TrainConfig) -> losses.Sums:
     return losses.cross_entropy(
         hidden, model.llm.unembed, x.targets, x.loss_weights, train.loss_chunk
     )
+
+
+class Program(NamedTuple):
+    """What an experiment compiles to on a mesh."""
+
+    abstract: TrainState  # shapes and shardings of its state
+    tx: optax.GradientTransformation
+    train_step: TrainStep
+    eval_step: EvalStep
+
+
+def build(experiment: Experiment, mesh: Mesh) -> Program:
+    """The experiment's steps; nothing is allocated or compiled yet. Call them under the mesh."""
+    train, rates = experiment.train, experiment.optimizer.learning_rates
+    trained = stages.trained_components(rates)
+    graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
+    schedules = make_schedules(experiment.optimizer, train.num_steps)
+    tx = make_optimizer(experiment.optimizer, schedules)
+    abstract = abstract_state(shapes, trained, tx, mesh)
+    step = make_train_step(graphdef, tx, schedules, train, abstract)
+    return Program(abstract, tx, step, make_eval_step(graphdef, train))
 
 
 def make_train_step(

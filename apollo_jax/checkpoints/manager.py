@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run's folder: its config, its tokenizer and its checkpoints (Orbax).
+
+    workdir/config.json            the whole Experiment
+    workdir/tokenizer/             the tokenizer it was trained with
+    workdir/checkpoints/00000120/  after step 120: weights | optimizer | loop (step, data iterator)
+
+The weights are one flat dict whatever the stage trained, so that the next stage may split them
+differently. A checkpoint gets its name when all of it is written; one that cannot be read back is
+reported, moved to workdir/torn/ and the one before it taken.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from rich.console import Console
+
+from apollo_jax.config import Experiment, from_dict
+from apollo_jax.training.state import Arrays, Shapes, TrainState
+from data_pipeline.tokenizer import Tokenizer
+
+CONFIG, TOKENIZER, CHECKPOINTS, TORN = "config.json", "tokenizer", "checkpoints", "torn"
+
+# Replicas share the writing of an array only where it is worth a compiled slice.
+_ARRAYS = ocp.type_handlers.create_type_handler_registry(
+    (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=1 << 20))
+)
+
+
+def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
+    """Put down what makes the folder readable on its own, config.json last and all at once."""
+    tokenizer.save(workdir / TOKENIZER)
+    temporary = workdir / f"{CONFIG}.tmp"
+    temporary.write_text(json.dumps(dataclasses.asdict(experiment), indent=2) + "\n")
+    os.replace(temporary, workdir / CONFIG)
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether `path` is the folder of a run that has checkpoints."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / CHECKPOINTS).is_dir()
+
+
+def read_experiment(workdir: str | os.PathLike) -> Experiment:
+    """The Experiment of a run. ValueError if its config.json does not fit this version."""
+    path = Path(workdir) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    try:
+        return from_dict(Experiment, json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving goes on in the background."""
+
+    def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, read_only: bool = False):
+        self.workdir = Path(workdir).absolute()
+        self.console = Console(stderr=True)
+        self.read_only = read_only
+        self.options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep,
+            step_format_fixed_length=8,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        self.manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        handlers = {
+            "weights": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
+            "optimizer": ocp.PyTreeCheckpointHandler(type_handler_registry=_ARRAYS),
+            "loop": ocp.JsonCheckpointHandler(),
+        }
+        folder = self.workdir / CHECKPOINTS
+        return ocp.CheckpointManager(folder, options=self.options, item_handlers=handlers)
+
+    def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+        """Save the state after `step` steps, and the data iterator's; returns once copied."""
+        items = ocp.args.Composite(
+            weights=ocp.args.PyTreeSave({**state.params, **state.frozen}),
+            optimizer=ocp.args.PyTreeSave(state.opt_state),
+            loop=ocp.args.JsonSave({"step": step, "data": data}),
+        )
+        self.manager.save(step, args=items, force=True)
+
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
+        """(step, state, data iterator's state) of the latest whole checkpoint; None without any."""
+        items = ocp.args.Composite(
+            weights=_like({**abstract.params, **abstract.frozen}),
+            optimizer=_like(abstract.opt_state),
+            loop=ocp.args.JsonRestore(),
+        )
+        found = self._latest_whole(items)
+        if found is None:
+            return None
+        step, weights = found.loop["step"], found.weights
+        params, frozen = (
+            {n: weights[n] for n in part} for part in (abstract.params, abstract.frozen)
+        )
+        count = jax.device_put(np.int32(step), abstract.step.sharding)
+        return step, TrainState(count, params, frozen, found.optimizer), found.loop["data"]
+
+    def restore_weights(self, shapes: Shapes) -> tuple[int, Arrays]:
+        """(step, weights) of the latest whole checkpoint, in the dtypes and places of `shapes`.
+
+        Raises FileNotFoundError if there is none.
+        """
+        items = ocp.args.Composite(weights=_like(shapes), loop=ocp.args.JsonRestore())
+        found = self._latest_whole(items)
+        if found is None:
+            raise FileNotFoundError(f"{self.workdir / CHECKPOINTS} holds no finished checkpoint")
+        return found.loop["step"], found.weights
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight in the latest checkpoint; {} without any."""
+        step = self.manager.latest_step()
+        metadata = None if step is None else self.manager.item_metadata(step).weights
+        return {} if metadata is None else {n: tuple(m.shape) for n, m in metadata.tree.items()}
+
+    def _latest_whole(self, items: ocp.args.Composite) -> Any:
+        """The items of the newest checkpoint that can be read; the torn ones before it go aside."""
+        torn: dict[int, Exception] = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                found = self.manager.restore(step, args=items)
+            except Exception as error:  # whatever a damaged file makes of the reader
+                torn[step] = error
+                continue
+            self._set_aside(torn, step)
+            return found
+        if torn:
+            reasons = "\n".join(f"  step {s}: {_first_line(e)}" for s, e in torn.items())
+            raise ValueError(f"no checkpoint in {self.workdir} can be read:\n{reasons}")
+        return None
+
+    def _set_aside(self, torn: dict[int, Exception], used: int) -> None:
+        for step, error in torn.items():
+            self.console.print(
+                f"[yellow]checkpoint {step} of {self.workdir} is damaged ({_first_line(error)}); "
+                f"going on from step {used}"
+            )
+        if torn and not self.read_only:
+            self.manager.close()
+            if jax.process_index() == 0:
+                for step in torn:
+                    _move(self.workdir / CHECKPOINTS / f"{step:08d}", self.workdir / TORN)
+            self.manager = self._open()
+
+    def close(self) -> None:
+        """Wait for the last save to be complete."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def _like(abstract: Any) -> ocp.args.PyTreeRestore:
+    """Restore into the structure, dtypes and shardings of a tree of ShapeDtypeStructs."""
+    how = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=how)
+
+
+def _move(folder: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    shutil.rmtree(target / folder.name, ignore_errors=True)
+    os.rename(folder, target / folder.name)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"

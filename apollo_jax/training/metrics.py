@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run reports: metrics.jsonl, TensorBoard and a progress line.
+
+A step's metrics are read when the next step has been dispatched, so that reading never holds up
+the device, and before a checkpoint is saved, so that no saved step lacks its line.
+"""
+
+import datetime
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from tensorboardX import SummaryWriter
+
+from data_pipeline.loader import LoadStats
+
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
+PRINT_SECONDS = 2.0  # between progress lines
+BAD_NAMED = 20  # bad records named on the console, then only counted
+
+
+class MetricLog:
+    """Takes every step's metrics, writes those of every `every`-th step and of the last."""
+
+    def __init__(self, workdir: Path, *, start: int, num_steps: int, every: int):
+        self.start, self.num_steps, self.every = start, num_steps, every
+        self.console = Console()
+        self.primary = jax.process_index() == 0
+        if self.primary:
+            forget_after(workdir / METRICS, start)
+            self.file = open(workdir / METRICS, "a")  # noqa: SIM115  closed by close()
+            self.board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
+        self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.bad = 0
+        self.printed = 0.0
+        self._restart_clock(start)
+
+    def _restart_clock(self, step: int) -> None:
+        self.since, self.since_step = time.perf_counter(), step
+        self.tokens = self.frames = 0
+        self.waited = 0.0
+
+    def push(
+        self, step: int, metrics: Mapping[str, jax.Array], stats: LoadStats, waited: float
+    ) -> None:
+        """Take the metrics of `step`, just dispatched, and write those of the step before.
+
+        Args:
+          stats: what its batch held.
+          waited: seconds the loop waited for that batch.
+        """
+        self.flush()
+        self.pending = step, metrics
+        self.tokens, self.frames = self.tokens + stats.tokens, self.frames + stats.frames
+        self.waited += waited
+        self._name_bad(step, stats)
+
+    def flush(self) -> None:
+        """Wait for the pending step and write its metrics. ValueError if its loss is not finite."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        loss = float(metrics["loss"])
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss of step {step} is {loss}; it is not saved. Lower the learning rates or "
+                "look at the batch, then run the same command to go on from the last checkpoint"
+            )
+        if step % self.every == 0 or step == self.num_steps:
+            values = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
+            values |= self._rates(step)
+            self.write(step, values)
+            self._progress(step, values)
+            self._restart_clock(step)
+        elif step == self.start + 1:
+            self._restart_clock(step)  # the first step's time is the compiler's
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        if self.primary:
+            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        processes = jax.process_count()
+        return {
+            "tokens_per_second": self.tokens * processes / seconds,
+            "frames_per_second": self.frames * processes / seconds,
+            "data_wait": self.waited / seconds,
+            "seconds_per_step": seconds / (step - self.since_step),
+            "bad_records": self.bad,
+        }
+
+    def _progress(self, step: int, values: Mapping[str, float]) -> None:
+        """The progress line: rewritten on a terminal, else a line every few seconds."""
+        last, now = step == self.num_steps, time.perf_counter()
+        if not self.primary or (now - self.printed < PRINT_SECONDS and not last):
+            return
+        self.printed = now
+        left = datetime.timedelta(
+            seconds=round((self.num_steps - step) * values["seconds_per_step"])
+        )
+        line = (
+            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  "
+            f"accuracy {values['accuracy']:.3f}  grad norm {values['grad_norm']:.3g}  "
+            f"{values['tokens_per_second']:,.0f} tokens/s  "
+            f"{values['frames_per_second']:,.0f} frames/s  "
+            f"data wait {values['data_wait']:.0%}  {left} left"
+        )
+        rewrite = self.console.is_terminal and not last
+        self.console.print(line, end="\r" if rewrite else "\n", soft_wrap=True, highlight=False)
+
+    def _name_bad(self, step: int, stats: LoadStats) -> None:
+        for record, reason in stats.bad:
+            self.bad += 1
+            if self.bad <= BAD_NAMED:
+                text = f"bad record {record} left out at step {step}: {reason}"
+                self.console.print(text, style="yellow", soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        """Close the files; what is pending is not written."""
+        if self.primary:
+            self.file.close()
+            self.board.close()
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drop the lines of `path` beyond `step`: a resumed run writes those steps again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if (n := _step_of(line)) is not None and n <= step]
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a whole line, None of one that was cut off while it was written."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else None
+    except ValueError:
+        return None

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run's first weights come from: random, a whole model, or parts by path.
+
+Everything that can be wrong with a source is said before anything is compiled.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from apollo_jax.checkpoints import manager, pretrained
+from apollo_jax.config import Experiment, differences
+from apollo_jax.training.state import Arrays, Shapes, flatten, random_weights
+from data_pipeline.tokenizer import Tokenizer
+
+# Fields of a published part's config that its weights do not depend on.
+_LIMITS = ("max_position_embeddings", "model_max_length", "initializer_range", "feature_layer")
+
+
+def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
+    """The weights of step 0 in the dtypes and places of `shapes`, and where they are from.
+
+    Raises FileNotFoundError or ValueError naming the path and what does not fit.
+    """
+    path, parts = experiment.init_from, list(_parts(experiment))
+    if path and parts:
+        raise ValueError("config.init_from names a whole model; clear it or config.init_parts")
+    if path and manager.is_run(path):
+        return _from_run(path, experiment, shapes)
+    if path:
+        return _from_folder(path, experiment, shapes), path
+    loaded = [_load_part(prefix, path, config, shapes) for prefix, path, config in parts]
+    weights = random_weights(experiment.model, experiment.train, shapes, experiment.seed)
+    for part in loaded:
+        weights |= part
+    return weights, ", ".join(["random", *(f"{prefix} from {path}" for prefix, path, _ in parts)])
+
+
+def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
+    _check_config(path, manager.read_experiment(path).model, experiment.model)
+    tokenizer = Path(path) / manager.TOKENIZER
+    paths = (tokenizer, experiment.data.tokenizer)
+    if len({Tokenizer.from_path(p).fingerprint for p in paths}) > 1:
+        raise ValueError(
+            f"config.init_from {path} was trained with another tokenizer than config.data.tokenizer"
+            f" {experiment.data.tokenizer}; its own is {tokenizer}"
+        )
+    checkpoints = manager.Checkpoints(path, read_only=True)
+    _check_shapes(path, checkpoints.stored_shapes(), shapes)
+    step, weights = checkpoints.restore_weights(shapes)
+    checkpoints.close()
+    return weights, f"{path} after step {step}"
+
+
+def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
+    config = pretrained.config_from_pretrained(path)
+    if not isinstance(config, type(experiment.model)):
+        raise ValueError(f"config.init_from {path} is not a whole Apollo; use config.init_parts")
+    _check_config(path, config, experiment.model)
+    return _load(path, "", shapes)
+
+
+def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
+    """(prefix of its weights' names, path, config in the experiment) of each part given."""
+    model, paths = experiment.model, experiment.init_parts
+    unknown = set(paths.towers) - set(model.towers)
+    if unknown:
+        known = ", ".join(model.towers)
+        raise ValueError(f"config.init_parts.towers names {sorted(unknown)}; the model has {known}")
+    parts = [
+        (f"vision_tower/towers/{i}/", paths.towers.get(name, ""), tower)
+        for i, (name, tower) in enumerate(model.towers.items())
+    ]
+    parts += [("connector/", paths.connector, model.connector), ("llm/", paths.llm, model.llm)]
+    return (part for part in parts if part[1])
+
+
+def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
+    found = pretrained.config_from_pretrained(path)
+    if type(found) is not type(config):
+        kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))
+        raise ValueError(f"config.init_parts: {path} holds {kinds} is wanted")
+    _check_config(path, found, config, ignore=_LIMITS)
+    return _load(path, prefix, {n: s for n, s in shapes.items() if n.startswith(prefix)})
+
+
+def _load(path: str, prefix: str, shapes: Shapes) -> Arrays:
+    """The weights of a published folder, read into host memory and placed array by array."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        state = flatten(nnx.state(pretrained.from_pretrained(path)))
+    host = {prefix + name: np.asarray(leaf[...]) for name, leaf in state.items()}
+    _check_shapes(path, {name: array.shape for name, array in host.items()}, shapes)
+
+    def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+        array = array.astype(like.dtype)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+    return {name: place(host.pop(name), like) for name, like in shapes.items()}
+
+
+def _check_config(path: str, found: Any, wanted: Any, ignore: tuple[str, ...] = ()) -> None:
+    wrong = [d for d in differences(found, wanted) if d.partition(":")[0] not in ignore]
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise ValueError(f"the model in {path} is not the one in config.model:\n  {lines}")
+
+
+def _check_shapes(path: str, found: Mapping[str, tuple], wanted: Shapes) -> None:
+    problems = [f"missing {name} {s.shape}" for name, s in wanted.items() if name not in found]
+    problems += [
+        f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted
+    ]
+    problems += [
+        f"{name} is {found[name]}, must be {s.shape}"
+        for name, s in wanted.items()
+        if name in found and tuple(found[name]) != tuple(s.shape)
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        lines = "\n  ".join(problems[:20])
+        raise ValueError(f"the weights in {path} do not fit this model:\n  {lines}{more}")

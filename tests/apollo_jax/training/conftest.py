@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A little world of shards and conversations, and the experiment that trains on it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apollo_jax import config
+from data_pipeline.frame_shard_writer import FrameShardWriter
+from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.tokenizer import train_sentencepiece
+
+TINY = Path(__file__).parent / "tiny.py"
+SPEC = ShardSpec(fps=2.0, size=32)
+
+
+def _write_shards(folder: Path) -> None:
+    """Videos v0..v5 of 2 s, each of one grey level."""
+    writer = FrameShardWriter(folder, SPEC)
+    for v in range(6):
+        jpegs = [SPEC.encode(np.full((24, 32, 3), 40 * v, np.uint8))] * 4
+        info = MediaInfo(f"v{v}", "video", 20, 10.0, 2.0, 4, 2.0, 24, 32)
+        writer.add(info, encode_segments(info.id, jpegs, [0.0, 0.5, 1.0, 1.5], (24, 32), SPEC))
+    writer.close()
+
+
+def _record(name: str, question: str, answer: str, **media: str) -> dict:
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "conversations": said, **media}
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with frame shards, train.jsonl, eval.jsonl and a tokenizer."""
+    folder = tmp_path_factory.mktemp("world")
+    _write_shards(folder / "shards")
+    records = [_record(f"v{v}", "<video>\nHow bright?", f"Level {v}.", video=f"v{v}") for v in range(6)]
+    records += [_record(f"t{t}", f"What is {t} and {t}?", f"It is {2 * t}.") for t in range(12)]
+    for name, part in (("train", records[1:]), ("eval", records[:1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
+    texts = [turn["value"] for r in records for turn in r["conversations"]]
+    train_sentencepiece([*texts, "You are provided the series of second clips"], folder / "tokenizer.model", 400)
+    return folder
+
+
+@pytest.fixture
+def experiment(world: Path):
+    """Makes the tiny experiment with fields overridden: experiment({"train.num_steps": "3"})."""
+
+    def make(overrides: dict[str, str] | None = None) -> config.Experiment:
+        return config.load(f"{TINY}:{world}", overrides)
+
+    return make
