@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,15 +63,17 @@ class FrameShardWriter:
         self._media, self._rejected, self._records, self._bytes = [], [], 0, 0
         self._writer = None
 
-    def add(self, info: MediaInfo, records: Sequence[bytes]) -> None:
-        """Stores one medium; all of its records lie in one shard."""
+    def add(
+        self, info: MediaInfo, records: Sequence[bytes], notes: dict[str, str] | None = None
+    ) -> None:
+        """Stores one medium, all of its records in one shard; notes go to the shard's sidecar."""
         if info.id in self._ids:
             raise ValueError(f"{self.directory}: {info.id!r} was added twice")
         if self._writer is None:
             temporary = str(self._path(len(self._shards), "array_record.tmp"))
             self._writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
         self._ids.add(info.id)
-        self._media.append({**asdict(info), "record": self._records})
+        self._media.append({**asdict(info), "record": self._records, "notes": notes or {}})
         for record in records:
             self._writer.write(record)
         self._records += len(records)
@@ -109,8 +112,11 @@ class FrameShardWriter:
     def close(self) -> dict[str, Any]:
         """Finishes the last shard and writes index and manifest; returns the manifest."""
         self._finish_shard()
+        reasons = dict(Counter(entry["reason"] for entry in self.rejected).most_common())
         if not self._ids:
-            raise ValueError(f"{self.directory}: all {len(self.rejected)} media were rejected")
+            raise ValueError(
+                f"{self.directory}: nothing to store, all media were rejected: {reasons}"
+            )
         rows = [{**m, "shard": s} for s, shard in enumerate(self._shards) for m in shard["media"]]
         columns = {k: np.array([r[k] for r in rows], t) for k, t in INDEX_DTYPES.items()}
         # NUL cannot occur in a path, so it separates the names.
@@ -126,7 +132,7 @@ class FrameShardWriter:
             "spec": asdict(self.spec),
             "media": len(rows),
             "frames": int(columns["stored_frames"].sum()),
-            "rejected": len(self.rejected),
+            "rejected": reasons,
             "shards": facts,
         }
         write_atomic(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())

@@ -227,11 +227,11 @@ def _shown(
         keyframe = timeline.keyframes[max(0, bisect_right(timeline.keyframes, target) - 1)]
         if seekable and keyframe > timeline.pts[min(upcoming, len(timeline.pts) - 1)]:
             frames = _seek(container, stream, timeline, keyframe)
-            clock, frame = next(frames, (clock, frame))
+            clock, frame = next(frames, (target + 1, None))
             if clock > target:  # this container seeks too far: decode it from the start
                 seekable = False
                 frames = _seek(container, stream, timeline, timeline.pts[0])
-                clock, frame = next(frames, (clock, frame))
+                clock, frame = -1, None
         while frame is None or clock < target:
             following = next(frames, None)
             if following is None:

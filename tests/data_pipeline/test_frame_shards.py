@@ -175,7 +175,7 @@ def test_an_unfinished_set_is_refused_then_continued(tmp_path):
     add(writer, "c", frames_of(2, 64, 64))
     manifest = writer.close()
     assert [s["records"] for s in manifest["shards"]] == [1, 1]
-    assert (manifest["media"], manifest["rejected"], manifest["frames"]) == (2, 1, 4)
+    assert (manifest["media"], manifest["rejected"], manifest["frames"]) == (2, {"empty": 1}, 4)
     assert FrameShards(tmp_path).ids() == ["a", "c"]
     assert not list(tmp_path.glob("*.tmp"))
     with pytest.raises(FileExistsError):

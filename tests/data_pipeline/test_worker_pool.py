@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool gives every task a result, in order, whatever tasks do to their process."""
+
+import importlib
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+
+from data_pipeline.worker_pool import Casualty, run_isolated
+
+
+def work(task, beat):
+    kind, value = task
+    if kind == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "crash once" and not os.path.exists(value):
+        open(value, "w").close()
+        os._exit(3)
+    if kind == "hang":
+        time.sleep(60)
+    if kind == "slow":
+        for _ in range(7):
+            time.sleep(0.2)
+            beat()
+    return kind, value
+
+
+def test_results_come_in_order_and_casualties_take_their_place(tmp_path):
+    once = ("crash once", str(tmp_path / "crashed"))
+    tasks: list[Any] = [("ok", k) for k in range(20)]
+    tasks[2], tasks[5], tasks[9], tasks[11] = ("crash", 0), once, ("hang", 0), ("slow", 0)
+    batches = [tasks[k : k + 4] for k in range(0, 20, 4)]
+    results = list(run_isolated(work, batches, workers=2, stall_seconds=1.0))
+    assert results[2] == Casualty("crashed", "its process ended with code -11, twice")
+    assert results[9] == Casualty("timeout", "no progress in 1 s")
+    for number in set(range(20)) - {2, 9}:
+        assert results[number] == tasks[number]
+
+
+def test_a_crash_before_many_finished_batches_does_not_block_them():
+    batches = [[("crash", 0), ("ok", 0)], *([("ok", k)] for k in range(100))]
+    results = list(run_isolated(work, batches, workers=2, stall_seconds=5))
+    assert isinstance(results[0], Casualty)
+    assert results[2:] == [("ok", k) for k in range(100)]
+
+
+def test_a_process_that_cannot_start_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "only_in_parent.py").write_text(
+        "import multiprocessing\n"
+        "if multiprocessing.current_process().name != 'MainProcess':\n"
+        "    raise SystemExit(5)\n"
+        "def work(task, beat): return task\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    function = importlib.import_module("only_in_parent").work
+    with pytest.raises(RuntimeError, match="code 5 before it could start"):
+        list(run_isolated(function, [[1]], workers=1, stall_seconds=5))
