@@ -147,16 +147,12 @@ def _scores_by(rows: Sequence[dict], field: str) -> dict[str, dict]:
 
 
 def paired_difference(first: Sequence[dict], second: Sequence[dict]) -> dict:
-    """Accuracy of `first` minus `second` on the questions both answered, clustered 95 % interval."""
+    """Accuracy of `first` minus that of `second` on the questions of both, with its interval."""
     other = {row["id"]: row["correct"] for row in second}
-    pairs = [
-        (row["video"], row["correct"] - other[row["id"]]) for row in first if row["id"] in other
-    ]
-    videos, differences = zip(*pairs, strict=True)
-    values = np.asarray(differences, float)
-    _, index = np.unique(np.asarray(videos), return_inverse=True)
-    half = (
-        Z95 * math.sqrt(np.square(np.bincount(index, values - values.mean())).sum()) / len(values)
-    )
-    mean = float(values.mean())
-    return {"questions": len(values), "difference": mean, "low": mean - half, "high": mean + half}
+    rows = [row for row in first if row["id"] in other]
+    gains = np.array([row["correct"] - other[row["id"]] for row in rows], float)
+    clusters = np.array([row["video"] or row["id"] for row in rows])
+    mean = float(gains.mean())
+    sums = np.bincount(np.unique(clusters, return_inverse=True)[1], gains - mean)
+    half = Z95 * math.sqrt(np.square(sums).sum()) / len(gains)
+    return {"questions": len(gains), "difference": mean, "low": mean - half, "high": mean + half}
