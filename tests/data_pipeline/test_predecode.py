@@ -171,7 +171,7 @@ def test_other_settings_or_input_do_not_touch_the_output(videos, tmp_path, capsy
 def test_a_killed_job_continues_where_it_was(videos, tmp_path):
     root = tmp_path / "in"
     root.mkdir()
-    for k in range(12):
+    for k in range(30):
         videos.write(root / f"{k:02}.mp4", count=10 + k)
     videos.damaged(root / "05.mp4", "empty")
     config = PredecodeConfig(fps=10.0, size=64, workers=1, shard_bytes=20_000)
