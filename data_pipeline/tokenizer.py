@@ -120,7 +120,8 @@ def train_sentencepiece(
             hard_vocab_limit=False,
             user_defined_symbols=list(symbols),
             byte_fallback=True,
-            split_digits=True,
+            split_by_number=False,  # "0.0-1.5" and " (B)" may become one piece
+            split_by_unicode_script=False,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
