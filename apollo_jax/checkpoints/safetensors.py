@@ -55,7 +55,7 @@ class TensorFolder:
         self._open = {name: _open(self.path / name) for name in _files(self.path)}
         self.stored: dict[str, Stored] = {}
         for file, handle in self._open.items():
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  the handle is no dict
                 if name in self.stored:
                     other = self.stored[name].file
                     raise ValueError(f"{self.path}: {name} is in both {other} and {file}")
@@ -70,10 +70,8 @@ class TensorFolder:
         return self._open[self.stored[name].file].get_tensor(name)
 
 
-def write(
-    path: Path, tensors: Mapping[str, Stored], get: Callable[[str], np.ndarray], *, index: bool
-) -> None:
-    """Write the files that `tensors` names, one at a time in memory; `index`: write one as well."""
+def write(path: Path, tensors: Mapping[str, Stored], get: Callable[[str], np.ndarray]) -> None:
+    """Write the files that `tensors` names, one at a time in memory."""
     files: dict[str, list[str]] = {}
     for name, stored in tensors.items():
         files.setdefault(stored.file, []).append(name)
@@ -84,11 +82,14 @@ def write(
             for name in names
         }
         save_file(content, path / file, metadata={"format": "pt"})
-    if index and len(files) > 1:
-        total = sum(stored.nbytes for stored in tensors.values())
-        weight_map = {name: stored.file for name, stored in tensors.items()}
-        text = dict(metadata=dict(total_size=total), weight_map=weight_map)
-        (path / INDEX).write_text(json.dumps(text, indent=2, sort_keys=True) + "\n")
+
+
+def index(tensors: Mapping[str, Stored]) -> bytes:
+    """The content of model.safetensors.index.json."""
+    total = sum(stored.nbytes for stored in tensors.values())
+    weight_map = {name: stored.file for name, stored in tensors.items()}
+    text = dict(metadata=dict(total_size=total), weight_map=weight_map)
+    return (json.dumps(text, indent=2, sort_keys=True) + "\n").encode()
 
 
 def shard(tensors: Mapping[str, Stored], max_size: str | int) -> dict[str, Stored]:

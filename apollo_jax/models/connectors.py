@@ -123,7 +123,7 @@ class WeightedNorm(nnx.Module):
 
     def __init__(self, dim: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         normal = jax.nn.initializers.normal(0.02)
-        self.norm = layers.layer_norm(dim, 1e-5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.norm = layers.LayerNorm(dim, 1e-5, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.gain = layers.param(
             (dim,),
             ("norm",),

@@ -66,20 +66,21 @@ def linear(
     )
 
 
-def layer_norm(
-    dim: int, eps: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs
-) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, statistics in float32."""
-    return nnx.LayerNorm(
-        dim,
-        epsilon=eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-        scale_metadata=axes("norm"),
-        bias_metadata=axes("norm"),
-    )
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32, returned in `dtype`."""
+
+    def __init__(self, dim: int, eps: float, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kw = dict(dtype=param_dtype, rngs=rngs)
+        self.scale = param((dim,), ("norm",), nnx.initializers.ones, **kw)
+        self.bias = param((dim,), ("norm",), nnx.initializers.zeros, **kw)
+        self.eps, self.dtype = eps, dtype
+
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        scale, bias = (p[...].astype(jnp.float32) for p in (self.scale, self.bias))
+        return (y * scale + bias).astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -11,8 +11,6 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from data_pipeline.transforms import FrameSpec
 
-_RESIZE = {"pil_bicubic": ("cubic", True), "cv2_bilinear": ("linear", False)}
-
 
 def prepare(
     frames: UInt8[Array, "N F S S 3"], geometry: Int[Array, "N 4"], spec: FrameSpec
@@ -42,8 +40,15 @@ def inside(geometry: Int[Array, "N 4"], side: int) -> jax.Array:
 
 
 def resize(x: Float[Array, "N F S S 3"], spec: FrameSpec) -> Float[Array, "N F I I 3"]:
-    """Resize to spec.size and round to grey levels, as the 8-bit host resizers do."""
-    method, antialias = _RESIZE[spec.resample]
-    shape = (*x.shape[:2], spec.size, spec.size, 3)
-    x = jax.image.resize(x, shape, method, antialias=antialias, precision=jax.lax.Precision.HIGHEST)
+    """Resize to spec.size in grey levels; PIL rounds them after the columns and after the rows."""
+    n, f, side, _, _ = x.shape
+    if spec.resample == "cv2_bilinear":
+        return _grey(x, (n, f, spec.size, spec.size, 3), "linear", antialias=False)
+    x = _grey(x, (n, f, side, spec.size, 3), "cubic", antialias=True)
+    return _grey(x, (n, f, spec.size, spec.size, 3), "cubic", antialias=True)
+
+
+def _grey(x: jax.Array, shape: tuple[int, ...], method: str, *, antialias: bool) -> jax.Array:
+    precision = jax.lax.Precision.HIGHEST
+    x = jax.image.resize(x, shape, method, antialias=antialias, precision=precision)
     return jnp.clip(jnp.round(x), 0.0, 255.0)

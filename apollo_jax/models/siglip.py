@@ -59,12 +59,12 @@ class Block(nnx.Module):
     def __init__(self, c: Config, *, rngs: nnx.Rngs, **dtypes: Any):
         d, kw = c.hidden_size, dict(dtypes, rngs=rngs)
         self.heads = c.num_attention_heads
-        self.norm1 = layers.layer_norm(d, c.layer_norm_eps, **kw)
+        self.norm1 = layers.LayerNorm(d, c.layer_norm_eps, **kw)
         self.q = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
         self.k = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
         self.v = layers.linear(d, d, ("embed", "heads"), bias=True, **kw)
         self.out = layers.linear(d, d, ("heads", "embed"), bias=True, **kw)
-        self.norm2 = layers.layer_norm(d, c.layer_norm_eps, **kw)
+        self.norm2 = layers.LayerNorm(d, c.layer_norm_eps, **kw)
         self.fc1 = layers.linear(d, c.intermediate_size, ("embed", "mlp"), bias=True, **kw)
         self.fc2 = layers.linear(c.intermediate_size, d, ("mlp", "embed"), bias=True, **kw)
 

@@ -31,9 +31,7 @@ def config(files: dict[str, Any], where: str) -> Config:
     preprocessor = files.get("preprocessor_config.json", {})
     return Config(
         **take(files["config.json"], KNOWN, FIXED, f"{where}/config.json"),
-        **take(
-            preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED, f"{where}/preprocessor_config.json"
-        ),
+        **take(preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED, f"{where}/preprocessor_config.json"),
     )
 
 

@@ -32,7 +32,9 @@ TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
 
 def squeeze(axes: int) -> Transform:
     """Drop leading axes of size one."""
-    return Transform(lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape))
+    return Transform(
+        lambda x: x.reshape(x.shape[axes:]), lambda x: x.reshape((1,) * axes + x.shape)
+    )
 
 
 def conv(*kernel: int) -> Transform:
@@ -135,7 +137,7 @@ def spellings(
     problems = [f"\n  {kind} ({len(v)}):{_listed(v)}" for kind, v in kinds.items() if v]
     if problems:
         raise ValueError(f"{where}: the tensors do not fit the config{''.join(problems)}")
-    return {n: s for n, s in names.items()} | {c: c for c in table.copies if c in found}
+    return names | {c: c for c in table.copies if c in found}
 
 
 def to_ours(

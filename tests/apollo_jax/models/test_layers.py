@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention and the two verbs for stacked layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apollo_jax.models import layers
+
+
+class Layer(nnx.Module):
+    """x + W x, returning the layer's own output beside it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        kw = dict(dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        self.linear = layers.linear(4, 4, ("embed", "mlp"), bias=False, **kw)
+
+    def __call__(self, x, scale=None):
+        y = self.linear(x)
+        return x + (y if scale is None else y * scale), y
+
+
+def test_fold_runs_stacked_layers_in_order():
+    stacked = layers.stack(Layer, 3, nnx.Rngs(0))
+    kernels = stacked.linear.kernel[...]
+    assert kernels.shape == (3, 4, 4)
+    assert len({k.tobytes() for k in np.asarray(kernels)}) == 3  # each layer its own draw
+    x = expected = jax.random.normal(jax.random.key(1), (2, 4))
+    scales = jnp.array([1.0, 2.0, 3.0])
+    for kernel, scale in zip(kernels, scales, strict=True):
+        expected = expected + expected @ kernel * scale
+    for options in ({}, {"unroll": 3}, {"remat": "full"}):
+        out, ys = layers.fold(stacked, x, per_layer=(scales,), **options)
+        np.testing.assert_allclose(out, expected, rtol=1e-5)
+        assert ys.shape == (3, 2, 4)
+
+
+def test_stacked_parameters_name_their_axes():
+    stacked = layers.stack(Layer, 3, nnx.Rngs(0))
+    assert stacked.linear.kernel.get_metadata()["out_sharding"] == ("layers", "embed", "mlp")
+
+
+def test_attention_with_grouped_heads_equals_repeated_heads():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 5, 6, 8))
+    k, v = (jax.random.normal(key, (2, 7, 2, 8)) for key in keys[1:])
+    mask = jnp.arange(7)[None, None] <= jnp.arange(5)[None, :, None] + 2
+    grouped = layers.attention(q, k, v, mask)
+    scores = jnp.einsum("blnh,bsnh->bnls", q, jnp.repeat(k, 3, axis=2)) / np.sqrt(8)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    expected = jnp.einsum("bnls,bsnh->blnh", weights, jnp.repeat(v, 3, axis=2))
+    np.testing.assert_allclose(grouped, expected, atol=1e-6)
+
+
+def test_attention_of_a_query_without_keys_is_finite():
+    q = jnp.ones((1, 1, 1, 4))
+    k = v = jnp.arange(8.0).reshape(1, 2, 1, 4)
+    out = layers.attention(q, k, v, jnp.zeros((1, 1, 2), bool))
+    np.testing.assert_allclose(out[0, 0, 0], v[0].mean(axis=(0, 1)))
+
+
+def test_rms_norm_computes_in_float32():
+    norm = layers.RMSNorm(4, 1e-6, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    x = jnp.full((1, 4), 300.0, jnp.bfloat16)  # 300**2 is exact in float32 only
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(norm(x).astype(jnp.float32), 1.0)
