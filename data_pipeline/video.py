@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -23,6 +23,10 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+# Titles in an unknown encoding are no reason to refuse a video; PyAV 19 never does.
+_OPEN_OPTIONS: Any = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 # A wanted frame that cannot be decoded is replaced by its neighbour. It counts as lost if that is
 # further away than this, and a file is corrupt if more than this share of the frames is lost.
 _NEIGHBOUR_SECONDS = 0.5
@@ -78,7 +82,7 @@ def open_video(path: str | Path, threads: int = 1) -> Iterator[tuple[InputContai
     if path.stat().st_size == 0:
         raise VideoError(path, "empty", "the file has 0 bytes")
     try:
-        container = av.open(str(path), metadata_errors="replace")
+        container = av.open(str(path), **_OPEN_OPTIONS)
     except (FFmpegError, OSError, ValueError) as error:
         with path.open("rb") as f:
             is_mp4 = f.read(8)[4:] == b"ftyp"
@@ -136,9 +140,8 @@ def _timeline(path: str | Path) -> _Timeline:
 def _scan(path: str, _modified: int, _size: int) -> _Timeline:
     pts, keyframes = [], []
     with open_video(path) as (container, stream):
-        packets = container.demux(stream)
         try:
-            for packet in packets:
+            for packet in container.demux(stream):
                 if packet.size == 0 or packet.is_discard:
                     continue
                 pts.append(packet.pts)
@@ -146,12 +149,12 @@ def _scan(path: str, _modified: int, _size: int) -> _Timeline:
                     keyframes.append(packet.pts)
         except FFmpegError:
             pass  # the end of a file that was cut off
-    if not pts:
-        raise VideoError(path, "no_frames", "the video stream holds no frames")
-    if None in pts or len(set(pts)) < len(pts) or not keyframes or not stream.time_base:
-        tick = 1 / average_rate(stream, len(pts), 0)
-        return _Timeline(list(range(len(pts))), [0], tick, False)
-    return _Timeline(sorted(pts), sorted(keyframes), float(stream.time_base), True)
+        if not pts:
+            raise VideoError(path, "no_frames", "the video stream holds no frames")
+        if None in pts or len(set(pts)) < len(pts) or not keyframes or not stream.time_base:
+            tick = 1 / average_rate(stream, len(pts), 0)
+            return _Timeline(list(range(len(pts))), [0], tick, False)
+        return _Timeline(sorted(pts), sorted(keyframes), float(stream.time_base), True)
 
 
 def average_rate(stream: VideoStream, num_frames: int, span: float) -> float:

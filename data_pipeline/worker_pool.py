@@ -15,7 +15,7 @@ from typing import Any
 # function(task, beat) -> result, never None; calling beat() says that it is still alive.
 Task = Callable[[Any, Callable[[], None]], Any]
 
-_BATCHES_AHEAD = 4  # per worker: bounds the results that wait for a slow one before them
+_BATCHES_AHEAD = 2  # per worker: bounds the results that wait for a slow one before them
 _START_SECONDS = 120.0  # a new process may take this long to import everything
 
 

@@ -48,6 +48,7 @@ class Videos:
         gop=12,
         faststart=False,
         aspect=None,
+        title=None,
     ):
         """`pts` in milliseconds makes the frame rate variable."""
         movflags = {"movflags": "faststart"} if faststart else {}
@@ -56,6 +57,8 @@ class Videos:
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
             stream.codec_context.gop_size = gop
+            if title:
+                container.metadata["title"] = title
             if aspect:
                 stream.codec_context.sample_aspect_ratio = aspect
             if pts:

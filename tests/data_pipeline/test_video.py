@@ -76,6 +76,12 @@ def test_rotation_metadata_is_applied_as_opencv_does(videos, tmp_path, degrees):
     assert np.abs(ours.astype(int) - theirs).mean() < 3
 
 
+def test_titles_in_an_unknown_encoding_are_no_obstacle(videos, tmp_path):
+    path = videos.write(tmp_path / "titled.mp4", count=2, title="abcdefgh")
+    path.write_bytes(path.read_bytes().replace(b"abcdefgh", b"\xff\xfe\xe9bcdef"))
+    assert probe(path).num_frames == 2
+
+
 def test_sample_aspect_ratio_is_applied(videos, tmp_path):
     path = videos.write(tmp_path / "anamorphic.mp4", count=2, aspect=Fraction(4, 3))
     assert decode_frames(path, [0]).shape == (1, 48, 85, 3)
