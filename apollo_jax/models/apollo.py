@@ -99,7 +99,7 @@ class Config:
                     num_heads=4,
                     mlp_ratio=2.0,
                     img_size=32,
-                    patch_size=8,
+                    patch_size=16,  # half SigLIP's grid: interpolated, as in the released models
                     init_values=1.0,  # 1e-5 is for 40 pretrained blocks
                 ),
             },
@@ -118,10 +118,10 @@ class Config:
             llm=qwen2.Config(
                 vocab_size=vocab_size,
                 hidden_size=96,
-                intermediate_size=256,
+                intermediate_size=192,
                 num_hidden_layers=3,
-                num_attention_heads=4,
-                num_key_value_heads=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
                 rope_theta=1e4,
                 max_position_embeddings=1024,
                 model_max_length=1024,
