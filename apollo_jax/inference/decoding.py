@@ -23,6 +23,7 @@ from apollo_jax.models.apollo import Apollo
 from apollo_jax.models.qwen2 import KVCache, append, empty_cache
 
 CLIPS_AT_A_TIME = 16  # encoded together, which bounds the memory a long video takes
+PREFILL = 1024  # positions fed together: attention scores grow with their number times the prompt's
 PADDING = -1  # in generated tokens, after a row's end
 
 
@@ -165,9 +166,7 @@ def decode(
     """
     model = nnx.merge(graphdef, state)
     if cache is None:
-        rows, length = prompts.tokens.shape
-        cache = empty_cache(model.config.llm, rows, length + budget, model.llm.dtype)
-        logits, cache = extend(model, cache, *prompts, fresh=True)
+        logits, cache = prefill(model, prompts, prompts.tokens.shape[1] + budget)
     else:
         logits, cache = extend(model, cache, *prompts)
 
@@ -191,6 +190,30 @@ def decode(
     first = choose(jnp.int32(0), logits, none_done, out)
     _, _, out, cache = jax.lax.while_loop(unfinished, step, (jnp.int32(1), *first, cache))
     return out, cache
+
+
+def prefill(model: Apollo, prompts: Prompts, size: int) -> tuple[Float[Array, "B V"], KVCache]:
+    """The logits that follow each prompt, and a cache of `size` positions that holds it."""
+    tokens, visual_tokens, visual_index, lengths = prompts
+    rows, length = tokens.shape
+    cache = empty_cache(model.config.llm, rows, size, model.llm.dtype)
+    if length <= PREFILL:
+        return extend(model, cache, *prompts, fresh=True)
+
+    def step(i: Array, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        logits, cache = carry
+        start = i * PREFILL
+
+        def part(x: Any) -> Any:
+            return x if x is None else jax.lax.dynamic_slice_in_dim(x, start, PREFILL, axis=1)
+
+        count = jnp.clip(lengths - start, 0, PREFILL)
+        new, cache = extend(model, cache, part(tokens), visual_tokens, part(visual_index), count)
+        return jnp.where(count[:, None] > 0, new, logits), cache
+
+    logits = jnp.zeros((rows, model.config.llm.vocab_size), jnp.float32)
+    parts = (jnp.max(lengths) + PREFILL - 1) // PREFILL  # padding behind all rows costs nothing
+    return jax.lax.fori_loop(0, parts, step, (logits, cache))
 
 
 def extend(
@@ -248,7 +271,7 @@ def log_likelihood(
 
 @partial(jax.jit, static_argnums=0)
 def _next_logits(graphdef: nnx.GraphDef, state: nnx.State, prompts: Prompts) -> Array:
-    return _logits_at(graphdef, state, prompts, prompts.lengths[:, None] - 1)[:, 0]
+    return prefill(nnx.merge(graphdef, state), prompts, prompts.tokens.shape[1])[0]
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="span")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -56,8 +58,10 @@ def answer(model: Apollo, processor: Processor, example: Example, **sampling: An
 
 
 def load(checkpoint: str) -> tuple[Apollo, Processor]:
-    """The model in a folder and its processor."""
-    return from_pretrained(checkpoint), Processor.from_pretrained(checkpoint)
+    """The model in a folder and its processor; in bfloat16, on a CPU (slow at that) in float32."""
+    processor = Processor.from_pretrained(checkpoint)  # before the weights: it refuses parts
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return from_pretrained(checkpoint, dtype=dtype, param_dtype=dtype), processor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

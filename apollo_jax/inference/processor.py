@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from apollo_jax.checkpoints import manager
 from apollo_jax.checkpoints.pretrained import config_from_pretrained
 from apollo_jax.models import apollo
 from data_pipeline.conversation import (
@@ -86,22 +85,24 @@ class Processor:
 
         Raises FileNotFoundError or ValueError naming what is missing or unknown there.
         """
-        if manager.is_run(path):
-            run = manager.read_experiment(path)
+        folder, sampling = Path(path), None
+        if (folder / "checkpoints").is_dir():
+            from apollo_jax.checkpoints import manager  # Orbax takes a second to import
+
+            data = manager.read_experiment(folder).data
             sampling = ClipSampling(
-                run.data.sampling_mode,
-                run.data.clip_duration,
-                run.data.frames_per_clip,
-                min(run.data.max_clips or run.data.clips, run.data.clips),
-                run.data.uniform_frames,
+                data.sampling_mode,
+                data.clip_duration,
+                data.frames_per_clip,
+                min(data.max_clips or data.clips, data.clips),
+                data.uniform_frames,
             )
-            tokenizer = Tokenizer.from_path(Path(path) / manager.TOKENIZER)
-            return cls.from_config(run.model, tokenizer, sampling)
+            folder = folder / manager.TOKENIZER
         config = config_from_pretrained(path)
         if not isinstance(config, apollo.Config):
             part = type(config).__module__.rpartition(".")[2]
             raise ValueError(f"{path} holds {part}, not a whole Apollo")
-        return cls.from_config(config, Tokenizer.from_path(path))
+        return cls.from_config(config, Tokenizer.from_path(folder), sampling)
 
     @property
     def stop(self) -> tuple[int, ...]:

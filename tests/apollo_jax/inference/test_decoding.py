@@ -20,6 +20,7 @@ from apollo_jax.inference.decoding import (
     generate_tokens,
     log_likelihood,
     next_token_logits,
+    prefill,
 )
 from apollo_jax.models.qwen2 import empty_cache
 
@@ -92,6 +93,14 @@ def test_cached_logits_are_the_uncached_ones(model, rows, official, plain, piece
         part = (tokens[None, start:end], batch.visual_tokens, index[None, start:end])
         logits, cache = step(cache, *part, np.array([count], np.int32))
         assert_close(logits[0], whole[end - 1])
+
+
+def test_long_prompts_are_fed_in_parts(model, rows, plain, monkeypatch):
+    monkeypatch.setattr(decoding, "PREFILL", 32)
+    batch = collate(rows)
+    logits, cache = jax.jit(lambda batch: prefill(model, batch, 128))(batch)
+    assert_close(logits, plain(batch)[range(3), batch.lengths - 1])
+    assert cache.length.tolist() == batch.lengths.tolist()
 
 
 def test_a_ragged_batch_decodes_as_its_rows_without_a_cache(model, rows, plain):

@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints.pretrained import config_from_pretrained
+from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.inference.processor import Processor
+from apollo_jax.models import apollo
+from data_pipeline.loader import DataConfig
 from data_pipeline.sampling import ClipSampling
 
 SIGLIP, INTERNVIDEO2 = "siglip-so400m-patch14-384", "internvideo2"
@@ -124,6 +129,29 @@ def test_what_does_not_fit_together_is_said(processor, noise, given, message):
         given["frames"] = noise
     with pytest.raises(ValueError, match=message):
         processor(**given)
+
+
+def test_a_run_is_asked_as_it_was_trained(checkpoint, processor, tmp_path):
+    model = config_from_pretrained(checkpoint)
+    assert isinstance(model, apollo.Config)
+    data = DataConfig(
+        sources={},
+        frames=(),
+        tokenizer="",
+        batch_size=2,
+        length=256,
+        clips=6,
+        frame_size=30,
+        tokens_per_clip=8,
+        max_clips=3,
+    )
+    experiment = Experiment("run", model, data, TrainConfig(num_steps=1))
+    manager.write_run(tmp_path, experiment, processor.tokenizer)
+    (tmp_path / "checkpoints").mkdir()
+    of_run = Processor.from_pretrained(tmp_path)
+    assert of_run.sampling == ClipSampling(max_clips=3)
+    assert of_run.tokenizer.encode("What?") == processor.tokenizer.encode("What?")
+    assert (of_run.towers, of_run.tokens_per_clip) == (processor.towers, 8)
 
 
 def test_a_folder_must_hold_a_whole_model(checkpoint, tmp_path):
