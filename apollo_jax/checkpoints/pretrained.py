@@ -16,7 +16,13 @@ from flax import nnx
 
 from apollo_jax.checkpoints import companions, safetensors
 from apollo_jax.checkpoints.rules import apollo as layout
-from apollo_jax.checkpoints.rules.table import slots, spellings, to_ours, to_published
+from apollo_jax.checkpoints.rules.table import (
+    parameters,
+    slots,
+    spellings,
+    to_ours,
+    to_published,
+)
 from apollo_jax.checkpoints.safetensors import Stored, TensorFolder
 from apollo_jax.models import apollo, connectors, internvideo2, qwen2, siglip
 
@@ -24,9 +30,12 @@ Part = siglip.SigLIP | internvideo2.InternVideo2 | connectors.Connector | qwen2.
 PartConfig = siglip.Config | internvideo2.Config | connectors.Config | qwen2.Config
 
 
-@dataclass(frozen=True, eq=False)  # a static attribute of a module: compared by identity
+@dataclass(frozen=True, eq=False, repr=False)
 class Origin:
-    """What a published folder holds beyond the parameters, kept on the host for the way back."""
+    """What a published folder holds beyond the parameters, kept on the host for the way back.
+
+    A static attribute of the module it came with: compared by identity, never seen by jax.
+    """
 
     files: companions.Files
     names: Mapping[str, str] = field(default_factory=dict)  # canonical -> the spelling found
@@ -103,6 +112,7 @@ def save_pretrained(
     name = None if dtype is None else jnp.dtype(dtype).name
     save: Any = _save_apollo if isinstance(model, apollo.Apollo) else _save_part
     temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         save(model, temporary, dtype=name, tokenizer=tokenizer, max_shard_size=max_shard_size)
@@ -168,13 +178,13 @@ def _load_part(folder: Path, config: PartConfig, **kw: Any) -> Any:
     table = rules.table(config, companions.parse(files, companions.CONFIG, folder))
     model = nnx.eval_shape(lambda: rules.MODEL(config, rngs=nnx.Rngs(0), **kw))
     graphdef, state = nnx.split(model)
-    flat = {_dotted(key): (key, leaf) for key, leaf in nnx.to_flat_state(state)}
-    expected = slots(table, {name: leaf for name, (_, leaf) in flat.items()})
+    flat = dict(zip(parameters(model), nnx.to_flat_state(state), strict=True))
+    expected = slots(table, parameters(model))
     tensors = TensorFolder(folder)
     shapes = {name: stored.shape for name, stored in tensors.stored.items()}
     names = spellings(table, expected, shapes, str(folder))
     for copy, of in table.copies.items():
-        if copy in names and tensors[copy].tobytes() != tensors[names[of]].tobytes():
+        if copy in names and not _same_bits(tensors[copy], tensors[names[of]]):
             raise ValueError(
                 f"{folder}: {copy} differs from {of}, to which the config ties it; "
                 "set tie_word_embeddings to false to keep both"
@@ -234,7 +244,7 @@ def _save_apollo(
         configs[name] = _save_part(part, folder / name, **kw)
     origin = getattr(model, "origin", None)
     if origin is None:
-        stated = dtype or _leaves(model.llm)["embedding"].dtype.name
+        stated = dtype or parameters(model.llm)["embedding"].dtype.name
         fresh = layout.published(model.config, configs, stated)
         files = {name: companions.dump(content) for name, content in fresh.items()}
     else:
@@ -246,7 +256,7 @@ def _save_part(
     part: Any, folder: Path, *, dtype: str | None, tokenizer: Any, max_shard_size: Any
 ) -> dict[str, Any]:
     """Write one part; its config.json."""
-    rules, leaves = layout.RULES[type(part)], _leaves(part)
+    rules, leaves = layout.RULES[type(part)], parameters(part)
     held = dtype or next(iter(leaves.values())).dtype.name
     origin = getattr(part, "origin", None) or Origin(_fresh(part, held, tokenizer))
     config = companions.parse(origin.files, companions.CONFIG, folder)
@@ -290,12 +300,8 @@ def _fresh(part: Any, dtype: str, tokenizer: Any) -> companions.Files:
     return {n: companions.dump(content | extra.get(n, {})) for n, content in published.items()}
 
 
-def _leaves(module: nnx.Module) -> dict[str, jax.Array]:
-    return {_dotted(key): leaf[...] for key, leaf in nnx.to_flat_state(nnx.state(module))}
-
-
-def _dotted(key: tuple) -> str:
-    return ".".join(map(str, key))
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 def _replace(finished: Path, target: Path) -> None:

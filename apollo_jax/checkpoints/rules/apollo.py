@@ -12,6 +12,8 @@ from apollo_jax.models.vision_tower import common_grid
 PARTS: dict[str, Any] = {
     "siglip_vision_model": siglip,
     "SiglipVisionModel": siglip,
+    "siglip": siglip,
+    "SiglipModel": siglip,
     "internvideo2": internvideo2,
     "PretrainInternVideo2": internvideo2,
     "mm_connector": connector,
@@ -29,7 +31,10 @@ FIXED = dict(interpolate_mode="linear", use_mm_start_end=False)
 
 def root(published: dict[str, Any], where: str) -> dict[str, Any]:
     """clip_duration and mm_vision_select_layer of the root config.json."""
-    return take(published, KNOWN, FIXED, f"{where}/config.json")
+    fields = take(published, KNOWN, FIXED, f"{where}/config.json")
+    if fields["mm_vision_select_layer"] >= 0:
+        raise ValueError(f"{where}/config.json: mm_vision_select_layer must count from the end")
+    return fields
 
 
 def tower_folders(published: dict[str, Any], where: str) -> list[str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SigLIP vision tower <-> transformers' SiglipVisionModel."""
+"""SigLIP vision tower <-> transformers' SiglipVisionModel, or the vision half of a SiglipModel."""
 
 from typing import Any
 
@@ -21,16 +21,26 @@ FIXED = dict(hidden_act="gelu_pytorch_tanh", num_channels=3)
 PREPROCESSOR = dict(image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 PREPROCESSOR_FIXED = dict(resample=3, rescale_factor=1 / 255)  # PIL bicubic, to [0, 1]
 
+# What SiglipTextConfig assumes; the text half only has to survive the round trip.
+TEXT = dict(
+    vocab_size=32_000,
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    max_position_embeddings=64,
+)
+
 EMBEDDINGS = "vision_model.embeddings"
 BLOCK = "vision_model.encoder.layers.{i}"
 HEAD = "vision_model.head"
 
 
 def config(files: dict[str, Any], where: str) -> Config:
-    """Config from config.json and preprocessor_config.json."""
+    """Config from config.json (of the tower or of both) and preprocessor_config.json."""
+    json = files["config.json"]
     preprocessor = files.get("preprocessor_config.json", {})
     return Config(
-        **take(files["config.json"], KNOWN, FIXED, f"{where}/config.json"),
+        **take(json.get("vision_config", json), KNOWN, FIXED, f"{where}/config.json"),
         **take(preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED, f"{where}/preprocessor_config.json"),
     )
 
@@ -69,8 +79,11 @@ def table(c: Config, published_config: dict[str, Any]) -> Table:
             {f"vision_model.post_layernorm.{name}": (d,) for name in ("weight", "bias")},
         )
     ]
-    if published_config.get("vision_use_head", True):
+    if published_config.get("vision_config", published_config).get("vision_use_head", True):
         unused.append(Unused("Apollo keeps all patches, nothing is pooled", head_shapes(d, m)))
+    if "text_config" in published_config:
+        text = take(published_config["text_config"], TEXT, {}, "SigLIP config.json: text_config")
+        unused.append(Unused("Apollo has its own words", text_shapes(**text)))
     rules = [
         *weight(
             f"{EMBEDDINGS}.patch_embedding",
@@ -106,3 +119,33 @@ def head_shapes(d: int, m: int) -> dict[str, tuple[int, ...]]:
         f"{HEAD}.mlp.fc2.weight": (d, m),
         f"{HEAD}.mlp.fc2.bias": (d,),
     }
+
+
+def text_shapes(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    num_hidden_layers: int,
+    max_position_embeddings: int,
+) -> dict[str, tuple[int, ...]]:
+    """The text half and the two scalars of the contrastive loss."""
+    d, m = hidden_size, intermediate_size
+    linears = {f"self_attn.{x}_proj": (d, d) for x in ("q", "k", "v", "out")}
+    linears |= {"mlp.fc1": (m, d), "mlp.fc2": (d, m)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "logit_scale": (1,),
+        "logit_bias": (1,),
+        "text_model.embeddings.token_embedding.weight": (vocab_size, d),
+        "text_model.embeddings.position_embedding.weight": (max_position_embeddings, d),
+        "text_model.head.weight": (d, d),
+        "text_model.head.bias": (d,),
+    }
+    blocks = [f"text_model.encoder.layers.{i}" for i in range(num_hidden_layers)]
+    norms = [f"{block}.layer_norm{i}" for block in blocks for i in (1, 2)]
+    for name in [*norms, "text_model.final_layer_norm"]:
+        shapes |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
+    for block in blocks:
+        for name, shape in linears.items():
+            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
+    return shapes

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 Shape = tuple[int, ...]
 MAX_LISTED = 30  # names of one kind in an error message
@@ -94,6 +95,12 @@ def norm(name: str, path: str, *, bias: bool = False) -> list[Rule]:
     return [*rules, Rule(f"{name}.bias", f"{path}.bias")] if bias else rules
 
 
+def parameters(module: nnx.Module) -> dict[str, Any]:
+    """Dotted path -> array, or its shape if the module is abstract."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
 def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
     """Every published tensor of a model whose parameters are `leaves` (path -> shaped value)."""
     out: dict[str, Slot] = {}
@@ -105,7 +112,7 @@ def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
             used = i is None or i < shape[0]
             key = name.format(i=i)
             assert key not in out, f"two rules for {key}"
-            out[key] = Slot(published, path * used, i, transform, alias.format(i=i))
+            out[key] = Slot(published, path if used else "", i, transform, alias.format(i=i))
     for group in table.unused:
         out |= {name: Slot(shape) for name, shape in group.shapes.items()}
     missing = leaves.keys() - {slot.path for slot in out.values()}

@@ -12,7 +12,7 @@ from flax import nnx
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import apollo as layout
-from apollo_jax.checkpoints.rules.table import slots, to_published
+from apollo_jax.checkpoints.rules.table import parameters, slots, to_published
 from apollo_jax.models import apollo
 
 GRAD_FOLDERS = {  # how the official module tree spells the parts
@@ -65,9 +65,7 @@ def gradients(model, official, forward):
     parts = dict(zip(names, grads.vision_tower.towers, strict=True))
     out = {}
     for name, part in (parts | {"mm_connector": grads.connector, "llm": grads.llm}).items():
-        rules = layout.RULES[type(part)]
-        flat = nnx.to_flat_state(nnx.state(part))
-        leaves = {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+        rules, leaves = layout.RULES[type(part)], parameters(part)
         table = slots(rules.table(part.config, rules.published(part.config)["config.json"]), leaves)
         out[name] = {n: to_published(slot, leaves) for n, slot in table.items() if slot.path}
     return out
