@@ -114,7 +114,8 @@ def _test_scene(out: Path, seed: int, index: int) -> list[dict]:
     for i, question in enumerate(scene.questions):
         question = _with_answer_at(question, (first + i) % len(question.options))
         question = dataclasses.replace(question, id=f"{name}_{i}", video=f"videos/test/{name}.mp4")
-        records.append({k: v for k, v in dataclasses.asdict(question).items() if v != ""})
+        fields = {k: v for k, v in dataclasses.asdict(question).items() if v != ""}
+        records.append(fields | {"caption": scene.caption})
     return records
 
 

@@ -105,7 +105,7 @@ class _Page(HTMLParser):
         self.open, self.links, self.text, self.images = [], [], "", 0
 
     def handle_starttag(self, tag, attrs):
-        self.links += [v for k, v in attrs if k in ("src", "href") and v[:5] != "data:"]
+        self.links += [v for k, v in attrs if k in ("src", "href") and "data:" not in (v or "")]
         self.images += tag == "img"
         if tag not in self.VOID:
             self.open.append(tag)
