@@ -63,9 +63,9 @@ class _Grid:
 
 
 def encode_video(
-    path: str | Path, media_id: str, spec: ShardSpec, beat: Callable[[], None] = lambda: None
+    path: str | Path, media_id: str, spec: ShardSpec, beat: Callable[[int], None] = lambda n: None
 ) -> EncodedMedium:
-    """Decodes a file once, front to back; `beat` is called as it goes. VideoError if unusable."""
+    """Decodes a file once, front to back; `beat` hears of n more frames. VideoError if unusable."""
     seen = damaged = 0
     start, time = None, 0.0
     with open_video(path) as (container, stream):
@@ -74,9 +74,9 @@ def encode_video(
         # Times are rounded to ticks: half a tick late is still in time.
         tolerance = min(tick / 2, 1e-3) + 1e-6
         for frame in decoded_frames(container, stream):
-            if seen % _BEAT_EVERY == 0:
-                beat()
             seen += 1
+            if seen % _BEAT_EVERY == 0:
+                beat(_BEAT_EVERY)
             if frame is None or frame.is_corrupt:
                 damaged += 1
                 continue
@@ -90,6 +90,7 @@ def encode_video(
                 raise VideoError(path, "bad_timestamps", detail)
             time = max(time, now)
             grid.show(frame, time, tolerance)
+        beat(seen % _BEAT_EVERY)
         _check(path, seen, damaged)
         fps = average_rate(stream, seen, time)
         grid.fill(time + 1 / fps - tolerance)

@@ -12,14 +12,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from data_pipeline.frame_shard_writer import FrameShardWriter, write_atomic
 from data_pipeline.frame_shards import ShardSpec
@@ -90,26 +96,22 @@ def predecode(
     writer = FrameShardWriter(output, config.spec, config.shard_bytes)
     todo = media[writer.finished :]
     tasks = [(medium, config.spec) for medium in todo]
-    results = run_isolated(
-        _encode, _batches(tasks), config.workers or os.cpu_count() or 1, config.stall_seconds
-    )
-    try:
-        with _progress(progress, len(media)) as show:
-            frames, bad = 0, len(writer.rejected)
-            show(writer.finished, frames, bad)
-            for done, (medium, result) in enumerate(
-                zip(todo, results, strict=True), len(media) - len(todo) + 1
-            ):
+    workers = config.workers or os.cpu_count() or 1
+    with _Progress(progress, len(media), writer.finished, len(writer.rejected)) as status:
+        results = run_isolated(
+            _encode, _batches(tasks), workers, config.stall_seconds, report=status.show
+        )
+        try:
+            for medium, result in zip(todo, results, strict=True):
                 if isinstance(result, EncodedMedium):
                     writer.add(*result)
-                    frames += result.info.stored_frames
                 else:
                     writer.reject(medium.id, result.reason, result.detail)
-                    bad += 1
-                show(done, frames, bad)
-    finally:
-        results.close()
-        _write_quarantine(output, writer.rejected)
+                    status.bad += 1
+                status.done += 1
+        finally:
+            results.close()
+            _write_quarantine(output, writer.rejected)
     return _report(output, writer.close(), start)
 
 
@@ -165,40 +167,45 @@ def _write_quarantine(output: Path, rejected: Iterable[dict[str, str]]) -> None:
     write_atomic(output / "quarantine.jsonl", "".join(lines).encode())
 
 
-@contextmanager
-def _progress(enabled: bool, total: int) -> Iterator[Callable[[int, int, int], None]]:
-    """A function to call with the numbers of media done, frames stored and media quarantined."""
-    console, start, printed = Console(stderr=True), time.monotonic(), -_LINE_SECONDS
-    if not enabled:
-        yield lambda done, frames, bad: None
-    elif console.is_terminal:
+class _Progress:
+    """A bar on a terminal, a line now and then in a log; `frames` counts those decoded."""
+
+    def __init__(self, enabled: bool, total: int, done: int, bad: int):
+        self.total, self.done, self.bad, self.frames = total, done, bad, 0
+        console = Console(stderr=True)
+        self._lines = enabled and not console.is_terminal
+        self._start, self._printed = time.monotonic(), -_LINE_SECONDS
         columns = (
             TextColumn("predecode"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("", total=total, note="")
-            yield lambda done, frames, bad: bar.update(
-                task, completed=done, note=f"{frames:,} frames, {bad} quarantined"
-            )
-    else:  # a log file: a line now and then
+        hidden = not enabled or self._lines
+        self._bar = Progress(*columns, console=console, disable=hidden)
+        self._task = self._bar.add_task("", total=total, note="")
 
-        def show(done: int, frames: int, bad: int) -> None:
-            nonlocal printed
-            seconds = time.monotonic() - start
-            if seconds - printed >= _LINE_SECONDS or done == total:
-                printed = seconds
-                print(
-                    f"predecode: {done}/{total} media, {frames} frames, {bad} quarantined, "
-                    f"{seconds:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        self.show()
+        return self
 
-        yield show
+    def __exit__(self, *_: object) -> None:
+        self._printed = -_LINE_SECONDS  # the last line is always printed
+        self.show()
+        self._bar.stop()
+
+    def show(self, frames: int | None = None) -> None:
+        self.frames = self.frames if frames is None else frames
+        note = f"{self.frames} frames decoded, {self.bad} quarantined"
+        self._bar.update(self._task, completed=self.done, note=note)
+        seconds = time.monotonic() - self._start
+        if self._lines and seconds - self._printed >= _LINE_SECONDS:
+            self._printed = seconds
+            line = f"predecode: {self.done}/{self.total} media, {note}, {seconds:.0f} s"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _report(output: Path, manifest: dict[str, Any], start: float) -> PredecodeReport:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# function(task, beat) -> result, never None; calling beat() says that it is still alive.
-Task = Callable[[Any, Callable[[], None]], Any]
+# function(task, beat) -> result, not an int; beat(n) says that it is alive and n steps further.
+Task = Callable[[Any, Callable[[int], None]], Any]
 
 _BATCHES_AHEAD = 2  # per worker: bounds the results that wait for a slow one before them
 _START_SECONDS = 120.0  # a new process may take this long to import everything
@@ -28,16 +28,21 @@ class Casualty:
 
 
 def run_isolated(
-    function: Task, batches: Sequence[Sequence], workers: int, stall_seconds: float
+    function: Task,
+    batches: Sequence[Sequence],
+    workers: int,
+    stall_seconds: float,
+    report: Callable[[int], None] = lambda steps: None,
 ) -> Generator[Any]:
     """Yields function(task, beat) for every task of every batch, in order.
 
     A task whose process dies is tried once more; one during which nothing is heard for
-    `stall_seconds` (neither a result nor a beat) is killed. Either becomes a Casualty.
+    `stall_seconds` (neither a result nor a beat) is killed. Either becomes a Casualty. `report`
+    is called with the steps of all beats at least once a second.
     """
     pool = _Pool(function, [batch for batch in batches if batch], workers, stall_seconds)
     try:
-        yield from pool.results()
+        yield from pool.results(report)
     finally:
         for worker in pool.workers:
             worker.end()
@@ -46,10 +51,10 @@ def run_isolated(
 def _serve(connection: Connection, function: Task) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     try:
-        connection.send(None)
+        connection.send(0)  # ready
         while True:
             for task in connection.recv():
-                connection.send(function(task, lambda: connection.send(None)))
+                connection.send(function(task, connection.send))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
 
@@ -66,7 +71,7 @@ class _Worker:
         self.heard = time.monotonic()
 
     def receive(self) -> Any:
-        """The next message, None for a beat; EOFError if the process is dead."""
+        """The next message, an int for a beat; EOFError if the process is dead."""
         message = self.connection.recv()
         self.started, self.heard = True, time.monotonic()
         return message
@@ -89,12 +94,14 @@ class _Pool:
         self.workers = [_Worker(function) for _ in range(min(workers, len(batches)))]
         self.crashed: set[int] = set()
         self.done: dict[int, Any] = {}
+        self.steps = 0
 
-    def results(self) -> Iterator[Any]:
+    def results(self, report: Callable[[int], None]) -> Iterator[Any]:
         for number in range(len(self.tasks)):
             while number not in self.done:
                 self._hand_out(number)
                 self._listen()
+                report(self.steps)
             yield self.done.pop(number)
 
     def _hand_out(self, number: int) -> None:
@@ -119,7 +126,9 @@ class _Pool:
                 except (EOFError, ConnectionResetError):
                     self._crash(worker)
                     continue
-                if message is not None:
+                if isinstance(message, int):
+                    self.steps += message
+                else:
                     self.done[worker.pending.popleft()] = message
             elif silence > (self.stall if worker.started else _START_SECONDS):
                 number = worker.pending.popleft()

@@ -199,4 +199,4 @@ def test_progress_is_visible_without_a_terminal(videos, tmp_path, capsys):
     predecode([tmp_path / "a.mp4"], tmp_path / "out", CONFIG)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("predecode: 0/1 media")
-    assert lines[-1].startswith("predecode: 1/1 media, 1 frames, 0 quarantined")
+    assert lines[-1].startswith("predecode: 1/1 media, 3 frames decoded, 0 quarantined")

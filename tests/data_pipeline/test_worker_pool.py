@@ -22,9 +22,9 @@ def work(task, beat):
     if kind == "hang":
         time.sleep(60)
     if kind == "slow":
-        for _ in range(7):
+        for _ in range(12):
             time.sleep(0.2)
-            beat()
+            beat(1)
     return kind, value
 
 
@@ -33,9 +33,11 @@ def test_results_come_in_order_and_casualties_take_their_place(tmp_path):
     tasks: list[Any] = [("ok", k) for k in range(20)]
     tasks[2], tasks[5], tasks[9], tasks[11] = ("crash", 0), once, ("hang", 0), ("slow", 0)
     batches = [tasks[k : k + 4] for k in range(0, 20, 4)]
-    results = list(run_isolated(work, batches, workers=2, stall_seconds=1.0))
+    steps = []
+    results = list(run_isolated(work, batches, 2, stall_seconds=2.0, report=steps.append))
+    assert steps[-1] == 12
     assert results[2] == Casualty("crashed", "its process ended with code -11, twice")
-    assert results[9] == Casualty("timeout", "no progress in 1 s")
+    assert results[9] == Casualty("timeout", "no progress in 2 s")
     for number in set(range(20)) - {2, 9}:
         assert results[number] == tasks[number]
 
