@@ -10,10 +10,13 @@ differently. A checkpoint gets its name when all of it is written; one that cann
 reported, moved to workdir/torn/ and the one before it taken.
 """
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,35 +119,53 @@ class Checkpoints:
         items = ocp.args.Composite(weights=_like(shapes), loop=ocp.args.JsonRestore())
         found = self._latest_whole(items)
         if found is None:
-            raise FileNotFoundError(f"{self.workdir / CHECKPOINTS} holds no finished checkpoint")
+            raise self._none()
         return found.loop["step"], found.weights
 
     def stored_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every weight in the latest checkpoint; {} without any."""
-        step = self.manager.latest_step()
-        metadata = None if step is None else self.manager.item_metadata(step).weights
-        return {} if metadata is None else {n: tuple(m.shape) for n, m in metadata.tree.items()}
+        """Name and shape of every weight in the latest checkpoint that can say.
+
+        Raises FileNotFoundError if there is none.
+        """
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # whatever a damaged file makes of its reader
+                tree = self.manager.item_metadata(step).weights.tree
+                return {name: tuple(leaf.shape) for name, leaf in tree.items()}
+        raise self._none()
+
+    def _none(self) -> FileNotFoundError:
+        return FileNotFoundError(f"{self.workdir / CHECKPOINTS} holds no finished checkpoint")
 
     def _latest_whole(self, items: ocp.args.Composite) -> Any:
         """The items of the newest checkpoint that can be read; the torn ones before it go aside."""
-        torn: dict[int, Exception] = {}
+        torn: dict[int, str] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                found = self.manager.restore(step, args=items)
-            except Exception as error:  # whatever a damaged file makes of the reader
-                torn[step] = error
-                continue
-            self._set_aside(torn, step)
-            return found
+            found, problem = self._try(step, items)
+            if found is not None:
+                self._set_aside(torn, step)
+                return found
+            torn[step] = problem
         if torn:
-            reasons = "\n".join(f"  step {s}: {_first_line(e)}" for s, e in torn.items())
+            reasons = "\n".join(f"  step {step}: {problem}" for step, problem in torn.items())
             raise ValueError(f"no checkpoint in {self.workdir} can be read:\n{reasons}")
         return None
 
-    def _set_aside(self, torn: dict[int, Exception], used: int) -> None:
-        for step, error in torn.items():
+    def _try(self, step: int, items: ocp.args.Composite) -> tuple[Any, str]:
+        """(items, "") or (None, what is wrong), whatever a damaged file makes of its reader."""
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:  # a read that fails leaves coroutines behind, each of which would be reported
+            return self.manager.restore(step, args=items), ""
+        except Exception as error:
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        finally:
+            gc.collect()
+            sys.unraisablehook = hook
+        return None, problem
+
+    def _set_aside(self, torn: dict[int, str], used: int) -> None:
+        for step, problem in torn.items():
             self.console.print(
-                f"[yellow]checkpoint {step} of {self.workdir} is damaged ({_first_line(error)}); "
+                f"[yellow]checkpoint {step} of {self.workdir} is damaged ({problem}); "
                 f"going on from step {used}"
             )
         if torn and not self.read_only:
@@ -170,7 +191,3 @@ def _move(folder: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     shutil.rmtree(target / folder.name, ignore_errors=True)
     os.rename(folder, target / folder.name)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"

@@ -36,18 +36,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with frame shards, train.jsonl, eval.jsonl and a tokenizer."""
     folder = tmp_path_factory.mktemp("world")
     _write_shards(folder / "shards")
-    records = [_record(f"v{v}", "<video>\nHow bright?", f"Level {v}.", video=f"v{v}") for v in range(6)]
+    ask = "<video>\nHow bright?"
+    records = [_record(f"v{v}", ask, f"Level {v}.", video=f"v{v}") for v in range(6)]
     records += [_record(f"t{t}", f"What is {t} and {t}?", f"It is {2 * t}.") for t in range(12)]
     for name, part in (("train", records[1:]), ("eval", records[:1])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in part))
     texts = [turn["value"] for r in records for turn in r["conversations"]]
-    train_sentencepiece([*texts, "You are provided the series of second clips"], folder / "tokenizer.model", 400)
+    train_sentencepiece(texts, folder / "tokenizer.model", 400)
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def experiment(world: Path):
-    """Makes the tiny experiment with fields overridden: experiment({"train.num_steps": "3"})."""
+    """experiment({"train.num_steps": "3"}): the tiny experiment with fields overridden."""
 
     def make(overrides: dict[str, str] | None = None) -> config.Experiment:
         return config.load(f"{TINY}:{world}", overrides)

@@ -3,7 +3,14 @@
 
 from ml_collections import ConfigDict
 
-from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, TrainConfig, to_config
+from apollo_jax.config import (
+    EvalConfig,
+    Experiment,
+    LearningRates,
+    OptimizerConfig,
+    TrainConfig,
+    to_config,
+)
 from apollo_jax.models import apollo
 from data_pipeline.loader import DataConfig, SourceConfig
 
@@ -26,4 +33,5 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     rates = LearningRates(connector=1e-3, llm=1e-3)
     optimizer = OptimizerConfig(rates, warmup_ratio=0.25)
-    return to_config(Experiment("tiny", model, data, train, optimizer))
+    evaluation = EvalConfig({"held out": SourceConfig(f"{arg}/eval.jsonl")}, every=4, batches=1)
+    return to_config(Experiment("tiny", model, data, train, optimizer, evaluation))

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""metrics.jsonl has one line per logged step, also after a resume; a loss of nan stops the run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from apollo_jax.training.metrics import METRICS, MetricLog, forget_after
+from data_pipeline.loader import LoadStats
+
+STATS = LoadStats(
+    samples=2, tokens=100, clips=3, frames=12, bad=(), fill_tokens=0.5, fill_clips=0.5
+)
+
+
+def metrics(loss: float) -> dict:
+    return {name: jnp.float32(loss) for name in ("loss", "accuracy", "grad_norm", "grad_norm/llm")}
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / METRICS).read_text().splitlines()]
+
+
+@pytest.fixture
+def log(tmp_path: Path):
+    opened = []
+
+    def log(**kwargs) -> MetricLog:
+        opened.append(MetricLog(tmp_path, **kwargs))
+        return opened[-1]
+
+    yield log
+    for one in opened:
+        one.close()
+
+
+def test_writes_the_previous_step(log, tmp_path):
+    log = log(start=0, num_steps=5, every=2)
+    for step in range(1, 6):
+        log.push(step, metrics(step), STATS, waited=0.0)
+        assert [line["step"] for line in lines(tmp_path)] == [2, 4][: (step - 1) // 2]
+    log.flush()
+    log.flush()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (2, 2.0),
+        (4, 4.0),
+        (5, 5.0),
+    ]
+    last = lines(tmp_path)[-1]
+    assert last["tokens_per_second"] / last["frames_per_second"] == pytest.approx(100 / 12)
+    assert {"grad_norm/llm", "data_wait", "seconds_per_step", "bad_records"} <= set(last)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_loss_that_is_no_number_stops(log):
+    log = log(start=0, num_steps=5, every=2)
+    log.push(1, metrics(float("nan")), STATS, waited=0.0)
+    with pytest.raises(ValueError, match="the loss of step 1 is nan"):
+        log.flush()
+
+
+def test_bad_records_are_named_and_counted(log, tmp_path, capsys):
+    log = log(start=0, num_steps=1, every=1)
+    bad = (("clip-7", "cut off"), ("clip-[9]", "empty"))
+    log.push(1, metrics(1.0), dataclasses.replace(STATS, bad=bad), waited=0.0)
+    log.flush()
+    said = capsys.readouterr().out
+    assert "bad record clip-7 left out at step 1: cut off" in said
+    assert "bad record clip-[9] left out at step 1: empty" in said
+    assert lines(tmp_path)[0]["bad_records"] == 2
+
+
+def test_a_resumed_run_writes_its_steps_again(log, tmp_path):
+    whole = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3, 4)]
+    (tmp_path / METRICS).write_text("".join(whole) + '{"step": 5, "lo')
+    resumed = log(start=2, num_steps=4, every=1)
+    for step in (3, 4):
+        resumed.push(step, metrics(0.5), STATS, waited=0.0)
+    resumed.flush()
+    found = [(line["step"], line["loss"]) for line in lines(tmp_path)]
+    assert found == [(1, 1.0), (2, 1.0), (3, 0.5), (4, 0.5)]
+
+
+def test_nothing_to_forget(tmp_path):
+    forget_after(tmp_path / "none.jsonl", 3)
+    assert not (tmp_path / "none.jsonl").exists()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: interrupted in any way they continue bit for bit; what does not fit is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from apollo_jax.checkpoints import manager
+from apollo_jax.training.train import train
+from data_pipeline.tokenizer import Tokenizer
+
+TINY = Path(__file__).parent / "tiny.py"
+MEASURED = ("loss", "accuracy", "grad_norm", "grad_norm/connector", "eval/loss")
+
+
+def losses(workdir: Path) -> list[tuple]:
+    """Every line of metrics.jsonl without the times."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], *(line.get(name) for name in MEASURED)) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(experiment, tmp_path_factory) -> Path:
+    """The folder of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(experiment(), workdir)
+    return workdir
+
+
+def test_learns_and_leaves_everything_behind(whole):
+    found = losses(whole)
+    assert [line[0] for line in found] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]  # twice: evaluated
+    assert [line[0] for line in found if line[-1]] == [4, 8]
+    assert found[-2][1] < 0.7 * found[0][1]
+    assert found[-1][-1] < found[4][-1]
+    assert sorted(os.listdir(whole / "checkpoints")) == ["00000006", "00000008"]
+    e = manager.read_experiment(whole)
+    assert e.name == "tiny"
+    ours, kept = (Tokenizer.from_path(p) for p in (e.data.tokenizer, whole / "tokenizer"))
+    assert ours.fingerprint == kept.fingerprint
+
+
+def start(world: Path, workdir: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "apollo_jax", "train", "--config", f"{TINY}:{world}"]
+    command += ["--workdir", str(workdir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
+    """Until `step` is in metrics.jsonl."""
+    path = workdir / "metrics.jsonl"
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def test_killed_and_terminated_it_continues_bit_for_bit(world, whole, experiment, tmp_path):
+    first = start(world, tmp_path)
+    wait_for_step(first, tmp_path, 4)  # one step after the first checkpoint, or while it is written
+    first.kill()
+    first.communicate()
+    second = start(world, tmp_path)
+    wait_for_step(second, tmp_path, 5)
+    second.send_signal(signal.SIGTERM)
+    said, _ = second.communicate()
+    assert second.returncode == 0, said
+    assert "the same command continues" in said or "trained, 8 of 8 steps" in said
+    assert train(experiment(), tmp_path)
+    assert losses(tmp_path) == losses(whole)
+    assert train(experiment(), tmp_path)  # nothing left to do
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_goes_back_to_the_last_whole_checkpoint(whole, experiment, tmp_path, capsys):
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / "00000008" / "weights")
+    assert train(experiment(), copy)
+    assert "going on from step 6" in " ".join(capsys.readouterr().err.split())
+    assert losses(copy) == losses(whole)
+
+
+def test_another_config_is_refused(whole, experiment):
+    before = sorted(whole.rglob("*"))
+    changed = {"optimizer.learning_rates.llm": "1e-4", "train.log_every": "2", "data.seed": "1"}
+    with pytest.raises(ValueError, match="holds a run with another config") as error:
+        train(experiment(changed), whole)
+    assert "optimizer.learning_rates.llm: 0.001 -> 0.0001" in str(error.value)
+    assert "data.seed: 0 -> 1" in str(error.value)
+    assert "log_every" not in str(error.value)
+    assert sorted(whole.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.tokenizer": ""}, r"leaves these paths to you: --config\.data\.tokenizer=PATH"),
+        ({"data.sources.all.path": ""}, r"--config\.data\.sources\.all\.path=PATH"),
+        ({"data.tokenizer": "nowhere"}, "tokenizer nowhere does not exist"),
+        ({"data.sources.all.path": "nowhere"}, "nowhere does not exist"),
+        ({"data.batch_size": "12"}, "12 does not divide over the 8 devices"),
+        ({"mesh.tensor": "3"}, "mesh"),
+        ({"model.llm.vocab_size": "100"}, r"config\.model\.llm\.vocab_size\) only 100"),
+        ({f"optimizer.learning_rates.{c}": "0" for c in ("llm", "connector")}, "nothing trains"),
+        ({"init_from": "nowhere"}, "nowhere"),
+    ],
+)
+def test_refuses_what_does_not_fit_and_writes_nothing(experiment, tmp_path, overrides, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        train(experiment(overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
