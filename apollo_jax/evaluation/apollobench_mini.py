@@ -164,10 +164,11 @@ def _seen(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def _record(name: str, *turns: tuple[str, str], **media: object) -> dict:
+    """A conversation; an answer begins with a space, so that its words are those of the text."""
     said = [
         {"from": who, "value": value}
-        for turn in turns
-        for who, value in zip(("human", "gpt"), turn, strict=True)
+        for human, gpt in turns
+        for who, value in (("human", human), ("gpt", f" {gpt}"))
     ]
     return {"id": name, **media, "conversations": said}
 
