@@ -5,7 +5,6 @@ Y layers, S cached positions, B = 1 row.
 """
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,14 +24,14 @@ from apollo_jax.inference.decoding import (
     encode,
     new_token_limits,
 )
-from apollo_jax.inference.generate import add_arguments, load
+from apollo_jax.inference.generate import add_arguments, load_model
 from apollo_jax.inference.processor import Media, Processor, question
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.models.qwen2 import KVCache
 from data_pipeline.conversation import Turn
 
 TOKENS_AT_A_TIME = 16  # an answer is printed in pieces of this many
-HELP = "/video FILE, /image FILE: talk about it   /reset: forget the conversation   /quit"
+HELP = "/video FILE and /image FILE change the subject, /reset forgets what was said, /quit"
 
 
 class Chat:
@@ -134,18 +133,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     args = parser.parse_args(argv)
     console = Console(highlight=False)
+    processor = Processor.from_pretrained(args.checkpoint)
+    media = watch(console, processor, video=args.video, image=args.image)
     with console.status(f"loading {args.checkpoint}"):
-        model, processor = load(args.checkpoint)
         chat = Chat(
-            model,
+            load_model(args.checkpoint),
             processor,
             temperature=args.temperature,
             top_p=args.top_p,
             max_new_tokens=args.max_new_tokens,
             seed=args.seed,
         )
-    if args.video or args.image:
-        show(console, chat, video=args.video, image=args.image)
+        chat.show(media)
     console.print(HELP, style="dim", markup=False)
     converse(console, chat)
 
@@ -173,7 +172,7 @@ def respond(console: Console, chat: Chat, line: str) -> None:
     command, _, file = line.partition(" ")
     file = file.strip().strip("\"'")
     if command in ("/video", "/image") and file:
-        show(console, chat, **{command[1:]: file})
+        chat.show(watch(console, chat.processor, **{command[1:]: file}))
     elif command == "/reset":
         chat.reset()
         console.print("(a new conversation)", style="dim")
@@ -186,17 +185,13 @@ def respond(console: Console, chat: Chat, line: str) -> None:
         console.print()
 
 
-def show(console: Console, chat: Chat, **file: Any) -> None:
-    """Make a file the subject of a new conversation."""
-    name = next(f for f in file.values() if f)
+def watch(console: Console, processor: Processor, **file: Any) -> Media | None:
+    """Read a file, if one is given, and say what was seen of it."""
+    name = next((f for f in file.values() if f), "")
     with console.status(f"watching {escape(name)}"):
-        media = chat.processor.media(**file)
-        chat.show(media)
-    assert media is not None
-    clips = media.clips
-    what = f"{len(clips.timestamps)} clips of {clips.duration:.1f} s" if clips.duration else "image"
-    console.print(f"({name}: {what})", style="dim", markup=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        media = processor.media(**file)
+    if media is not None:
+        count, duration = len(media.clips.timestamps), media.clips.duration
+        what = f"{count} clips from {duration:.1f} s" if duration else "image"
+        console.print(f"({name}: {what})", style="dim", markup=False)
+    return media

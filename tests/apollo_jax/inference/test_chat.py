@@ -143,9 +143,9 @@ def test_a_conversation_ends_with_the_context(chat):
 
 
 @pytest.fixture
-def loaded(model, processor, monkeypatch):
+def loaded(model, monkeypatch):
     """The command finds the model loaded and compiled already."""
-    monkeypatch.setattr(command, "load", lambda _: (model, processor))
+    monkeypatch.setattr(command, "load_model", lambda _: model)
 
 
 def run(monkeypatch, capsys, lines: list[str], *arguments: object) -> str:
@@ -158,11 +158,11 @@ def test_terminal(monkeypatch, capsys, checkpoint, video, loaded):
     lines = [f"/video {video}", "What moves?", "", "/reset", "What moves?", "/nonsense"]
     out = run(monkeypatch, capsys, [*lines, "/quit", "never read"], "--checkpoint", checkpoint)
     told = out.replace("\n", "")
-    assert "video.mp4: 2 clips of 3.7 s" in told
+    assert "video.mp4: 2 clips from 3.7 s" in told
     answers = [part.partition("you >")[0] for part in told.split("apollo > ")[1:]]
     assert len(answers) == 2
     assert answers[0] == answers[1].replace("(a new conversation)", "")
-    assert told.count("/reset: forget") == 2  # at the start and after the nonsense
+    assert told.count("/reset forgets") == 2  # at the start and after the nonsense
 
 
 def test_terminal_with_a_video_until_the_input_ends(monkeypatch, capsys, checkpoint, video):

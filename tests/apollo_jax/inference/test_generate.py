@@ -34,13 +34,13 @@ def test_the_package_offers_it():
 
 
 @pytest.fixture
-def loaded(model, processor, monkeypatch):
+def loaded(model, monkeypatch):
     """The command finds the model loaded and compiled already."""
-    monkeypatch.setattr(command, "load", lambda _: (model, processor))
+    monkeypatch.setattr(command, "load_model", lambda _: model)
 
 
-def test_command_prints_the_text(model, processor, video, capsys, loaded):
-    arguments = ["--checkpoint", "D", "--video", str(video), "--prompt", QUESTION]
+def test_command_prints_the_text(checkpoint, model, processor, video, capsys, loaded):
+    arguments = ["--checkpoint", str(checkpoint), "--video", str(video), "--prompt", QUESTION]
     command.main([*arguments, "--max-new-tokens", "8"])
     wanted = generate(model, processor, video=video, prompt=QUESTION, max_new_tokens=8)
     assert capsys.readouterr().out == wanted + "\n"
@@ -74,6 +74,6 @@ def test_command_prints_json(checkpoint, official, video, capsys):
         (["--prompt", "?", "--checkpoint", "no-folder"], "no-folder"),
     ],
 )
-def test_what_is_wrong_is_said(checkpoint, model, arguments, message):
+def test_what_is_wrong_is_said(checkpoint, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         command.main(["--checkpoint", str(checkpoint), *arguments])
