@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """from_pretrained and save_pretrained: published folders to models and back, to the last bit."""
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ from apollo_jax.checkpoints.safetensors import Stored, TensorFolder
 from apollo_jax.models import apollo, connectors, internvideo2, qwen2, siglip
 
 Part = siglip.SigLIP | internvideo2.InternVideo2 | connectors.Connector | qwen2.Qwen2
-PartConfig = siglip.Config | internvideo2.Config | connectors.Config | qwen2.Config
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,10 +56,9 @@ def from_pretrained(
     folder, kw = Path(path), dict(dtype=dtype, param_dtype=param_dtype)
     if _is_run(folder):
         return _load_run(folder, **kw)
-    files = companions.read(folder)
-    if _model_type(files, folder) != "apollo":
-        return _load_part(folder, _part_config(folder), **kw)
-    config = _apollo_config(folder)
+    config = layout.config(folder)
+    if not isinstance(config, apollo.Config):
+        return _load_part(folder, config, **kw)
     model: Any = nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0), **kw))
     towers = folder / layout.TOWERS
     model.vision_tower.towers = nnx.List(
@@ -70,20 +67,18 @@ def from_pretrained(
     model.connector = _load_part(folder / layout.CONNECTOR, config.connector, **kw)
     model.llm = _load_part(folder / layout.LLM, config.llm, **kw)
     beside = {f"{layout.TOWERS}/{n}": content for n, content in companions.read(towers).items()}
-    model.origin = Origin(files | beside)
+    model.origin = Origin(companions.read(folder) | beside)
     return model
 
 
-def config_from_pretrained(path: str | os.PathLike) -> apollo.Config | PartConfig:
+def config_from_pretrained(path: str | os.PathLike) -> apollo.Config | layout.PartConfig:
     """The config of what `from_pretrained` would load."""
     folder = Path(path)
     if _is_run(folder):
         from apollo_jax.checkpoints.manager import read_experiment
 
         return read_experiment(folder).model
-    if _model_type(companions.read(folder), folder) == "apollo":
-        return _apollo_config(folder)
-    return _part_config(folder)
+    return layout.config(folder)
 
 
 def save_pretrained(
@@ -122,58 +117,10 @@ def save_pretrained(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-# ---- configs
-
-
-def _model_type(files: companions.Files, folder: Path) -> str:
-    config = companions.parse(files, companions.CONFIG, folder)
-    said = [config.get("model_type"), *(config.get("architectures") or [])]
-    known = ["apollo", *layout.PARTS]
-    for kind in said:
-        if kind in known:
-            return kind
-    raise ValueError(
-        f"{folder / companions.CONFIG}: model_type {said[0]!r} is not known; "
-        f"known: {', '.join(known)}"
-    )
-
-
-def _part_config(folder: Path) -> Any:
-    files = companions.read(folder)
-    names = [n for n in (companions.CONFIG, companions.PREPROCESSOR) if n in files]
-    rules = layout.PARTS.get(_model_type(files, folder))
-    if rules is None:
-        raise ValueError(f"{folder} holds a whole Apollo where a part of one is expected")
-    return rules.config({n: companions.parse(files, n, folder) for n in names}, str(folder))
-
-
-def _apollo_config(folder: Path) -> apollo.Config:
-    files, tower_folder = companions.read(folder), folder / layout.TOWERS
-    root = layout.root(companions.parse(files, companions.CONFIG, folder), str(folder))
-    listing = companions.parse(companions.read(tower_folder), companions.CONFIG, tower_folder)
-    towers = {
-        name: dataclasses.replace(
-            _part_config(tower_folder / name), feature_layer=root["mm_vision_select_layer"]
-        )
-        for name in layout.tower_folders(listing, str(tower_folder))
-    }
-    frames = [t.num_frames for t in towers.values() if isinstance(t, internvideo2.Config)]
-    try:
-        return apollo.Config(
-            towers=towers,
-            connector=_part_config(folder / layout.CONNECTOR),
-            llm=_part_config(folder / layout.LLM),
-            clip_duration=root["clip_duration"],
-            frames_per_clip=max(frames, default=apollo.Config.frames_per_clip),
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-
-
 # ---- reading
 
 
-def _load_part(folder: Path, config: PartConfig, **kw: Any) -> Any:
+def _load_part(folder: Path, config: layout.PartConfig, **kw: Any) -> Any:
     files, rules = companions.read(folder), layout.RULES_BY_CONFIG[type(config)]
     table = rules.table(config, companions.parse(files, companions.CONFIG, folder))
     model = nnx.eval_shape(lambda: rules.MODEL(config, rngs=nnx.Rngs(0), **kw))

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 import apollo_jax
+from apollo_jax.models import apollo, siglip
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -47,6 +48,20 @@ def tower():
 def both_halves():
     config = transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)
     return randomised(transformers.SiglipModel(config))
+
+
+def test_a_fresh_tower_loads_in_transformers(tmp_path):
+    config = apollo.Config.debug().towers["siglip"]
+    assert isinstance(config, siglip.Config)
+    fresh = nnx.eval_shape(lambda: siglip.SigLIP(config, rngs=nnx.Rngs(0)))
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), nnx.state(fresh))
+    apollo_jax.save_pretrained(nnx.merge(nnx.graphdef(fresh), ones), tmp_path / "out")
+    _, info = transformers.SiglipVisionModel.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info.values())
+    processor = transformers.SiglipImageProcessor.from_pretrained(tmp_path / "out")
+    assert dict(processor.size) == {"height": 32, "width": 32}
 
 
 @pytest.mark.parametrize("make", [tower, both_halves])

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The official Apollo folder: which part lies where, and its root config files."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+from apollo_jax.checkpoints import companions
 from apollo_jax.checkpoints.rules import connector, internvideo2, qwen2, siglip
 from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.models.apollo import Config
 from apollo_jax.models.vision_tower import common_grid
+
+PartConfig = siglip.Config | internvideo2.Config | connector.Config | qwen2.Config
 
 # model_type, or where that is missing the architecture, of one part -> its rules
 PARTS: dict[str, Any] = {
@@ -29,20 +34,58 @@ KNOWN = dict(clip_duration=2.0, mm_vision_select_layer=-2)
 FIXED = dict(interpolate_mode="linear", use_mm_start_end=False)
 
 
-def root(published: dict[str, Any], where: str) -> dict[str, Any]:
-    """clip_duration and mm_vision_select_layer of the root config.json."""
-    fields = take(published, KNOWN, FIXED, f"{where}/config.json")
-    if fields["mm_vision_select_layer"] >= 0:
-        raise ValueError(f"{where}/config.json: mm_vision_select_layer must count from the end")
-    return fields
+def config(folder: Path) -> Config | PartConfig:
+    """The config of an Apollo folder, or of a folder with one part.
 
-
-def tower_folders(published: dict[str, Any], where: str) -> list[str]:
-    """The tower folders in channel order, from vision_tower/config.json."""
-    names = published.get("vision_towers")
+    Raises FileNotFoundError or ValueError naming the file and the field.
+    """
+    if _kind(companions.read(folder), folder) != "apollo":
+        return part_config(folder)
+    root, towers = _json(folder), _json(folder / TOWERS)
+    fields = take(root, KNOWN, FIXED, f"{folder / companions.CONFIG}")
+    layer, names = fields["mm_vision_select_layer"], towers.get("vision_towers")
+    if layer >= 0:
+        raise ValueError(f"{folder / companions.CONFIG}: mm_vision_select_layer must be negative")
     if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{where}/config.json: vision_towers must list the tower folders")
-    return names
+        raise ValueError(f"{folder / TOWERS / companions.CONFIG}: vision_towers must list folders")
+    parts = {name: part_config(folder / TOWERS / name) for name in names}
+    frames = [t.num_frames for t in parts.values() if isinstance(t, internvideo2.Config)]
+    try:
+        return Config(
+            towers={n: dataclasses.replace(t, feature_layer=layer) for n, t in parts.items()},
+            connector=part_config(folder / CONNECTOR),
+            llm=part_config(folder / LLM),
+            clip_duration=fields["clip_duration"],
+            frames_per_clip=max(frames, default=Config.frames_per_clip),
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def part_config(folder: Path) -> Any:
+    """The config of a folder with one tower, connector or decoder."""
+    files = companions.read(folder)
+    rules = PARTS.get(_kind(files, folder))
+    if rules is None:
+        raise ValueError(f"{folder} holds a whole Apollo where a part of one is expected")
+    names = [n for n in (companions.CONFIG, companions.PREPROCESSOR) if n in files]
+    return rules.config({n: companions.parse(files, n, folder) for n in names}, str(folder))
+
+
+def _kind(files: companions.Files, folder: Path) -> str:
+    config = companions.parse(files, companions.CONFIG, folder)
+    said, known = [config.get("model_type"), *(config.get("architectures") or [])], [*PARTS]
+    for kind in said:
+        if kind in ("apollo", *known):
+            return kind
+    raise ValueError(
+        f"{folder / companions.CONFIG}: model_type {said[0]!r} is not known; known: apollo, "
+        f"{', '.join(known)}"
+    )
+
+
+def _json(folder: Path) -> dict[str, Any]:
+    return companions.parse(companions.read(folder), companions.CONFIG, folder)
 
 
 def published(c: Config, parts: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:

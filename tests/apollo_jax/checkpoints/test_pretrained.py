@@ -14,8 +14,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import apollo_jax
+from apollo_jax.checkpoints import manager
 from apollo_jax.checkpoints.rules.table import parameters
+from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import apollo, qwen2
+from apollo_jax.training.state import TrainState, flatten
+from data_pipeline.loader import DataConfig
 
 SIGLIP = "vision_tower/siglip-so400m-patch14-384"
 INTERNVIDEO2 = "vision_tower/internvideo2"
@@ -56,6 +60,19 @@ def other(build):
         clip_duration=1.5,
     )
     return build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
+
+
+class BrokenTokenizer:
+    pad_id, eos_id = 1, 2
+
+    def save(self, path):
+        raise OSError("disk full")
+
+
+class SomeTokenizer(BrokenTokenizer):
+    def save(self, path):
+        path.mkdir(exist_ok=True)
+        (path / "tokenizer.json").write_text("{}")
 
 
 def contents(folder):
@@ -186,19 +203,29 @@ def test_parts_take_their_folder_along_into_a_new_model(tiny, other, tmp_path):
     assert contents(tmp_path / "out" / "llm") == contents(tiny / "checkpoint" / "llm")
 
 
+def test_a_training_run_loads_like_a_folder(other, tmp_path):
+    data = DataConfig(
+        sources={},
+        frames=(),
+        tokenizer="",
+        batch_size=1,
+        length=64,
+        clips=1,
+        frame_size=other.config.frame_size,
+        tokens_per_clip=other.config.connector.num_output_tokens,
+        clip_duration=other.config.clip_duration,
+    )
+    experiment = Experiment("run", other.config, data, TrainConfig(num_steps=1))
+    manager.write_run(tmp_path, experiment, SomeTokenizer())  # pyright: ignore[reportArgumentType]
+    weights = {name: leaf.get_value() for name, leaf in flatten(nnx.state(other)).items()}
+    checkpoints = manager.Checkpoints(tmp_path)
+    checkpoints.save(1, TrainState(jnp.int32(1), weights, {}, {"count": jnp.int32(1)}), {})
+    checkpoints.close()
+    assert apollo_jax.config_from_pretrained(tmp_path) == other.config
+    assert same_parameters(apollo_jax.from_pretrained(tmp_path), other)
+
+
 # ---- the folder appears whole or not at all
-
-
-class BrokenTokenizer:
-    pad_id, eos_id = 1, 2
-
-    def save(self, path):
-        raise OSError("disk full")
-
-
-class SomeTokenizer(BrokenTokenizer):
-    def save(self, path):
-        (path / "tokenizer.json").write_text("{}")
 
 
 def test_a_tokenizer_travels_along(other, tmp_path):

@@ -202,6 +202,44 @@ def test_published_class_defaults():
     assert (tower.depth, tower.mlp_dim, tower.init_values) == (40, 6144, 1e-5)
 
 
+# As in the released folders, with the generic leftovers that say something else.
+RELEASED_INTERNVIDEO2 = dict(
+    model_type="internvideo2",
+    d_model=1408,
+    num_heads=16,
+    img_size=224,
+    patch_size=14,
+    num_frames=4,
+    tubelet_size=1,
+    attn_pool_num_heads=16,
+    clip_embed_dim=768,
+    clip_teacher_embed_dim=3200,
+    clip_teacher_final_dim=768,
+    clip_return_layer=6,
+    clip_student_return_interval=1,
+    clip_norm_type="l2",
+    sep_image_video_pos_embed=True,
+    qkv_bias=False,
+    use_checkpoint=True,
+    checkpoint_num=40,
+    use_flash_attn=False,
+    use_fused_mlp=False,
+    use_fused_rmsnorm=False,
+    hidden_size=768,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    intermediate_size=3072,
+    image_size=224,
+    layer_norm_eps=1e-12,
+    initializer_range=0.02,
+)
+
+
+def test_released_internvideo2_config_and_its_leftovers():
+    tower = internvideo2.config({"config.json": RELEASED_INTERNVIDEO2}, "f")
+    assert tower == internvideo2.Config.stage2_1b()
+
+
 def test_rope_theta_of_newer_configs():
     rope = dict(rope_theta=5e5, rope_type="default")
     assert qwen2.config({"config.json": dict(rope_parameters=rope)}, "f").rope_theta == 5e5

@@ -30,8 +30,8 @@ def test_fold_runs_stacked_layers_in_order():
     scales = jnp.array([1.0, 2.0, 3.0])
     for kernel, scale in zip(kernels, scales, strict=True):
         expected = expected + expected @ kernel * scale
-    for options in ({}, {"unroll": 3}, {"remat": "full"}):
-        out, ys = layers.fold(stacked, x, per_layer=(scales,), **options)
+    for remat, unroll in (("none", 1), ("none", 3), ("full", 1)):
+        out, ys = layers.fold(stacked, x, per_layer=(scales,), remat=remat, unroll=unroll)
         np.testing.assert_allclose(out, expected, rtol=1e-5)
         assert ys.shape == (3, 2, 4)
 
