@@ -158,7 +158,8 @@ class Answerer:
         continued, starts = [], []
         for question, (tokens, visual, index) in zip(questions, rows, strict=True):
             for option in question.options:
-                ids = np.array(self.processor.tokenizer.encode(option), np.int32)
+                reply = self.prompt.reply.format(text=option)
+                ids = np.array(self.processor.tokenizer.encode(reply), np.int32)
                 longer = np.pad(index, (0, len(ids)), constant_values=-1)
                 continued.append((np.concatenate([tokens, ids]), visual, longer))
                 starts.append(len(tokens))

@@ -29,10 +29,11 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class PromptFormat:
-    """How a question is put to a model."""
+    """How a question is put to a model, and how its reply would begin with an option's text."""
 
     option: str = "({letter}) {text}"
     instruction: str = ""  # a last line
+    reply: str = "{text}"
 
 
 def question_text(question: Question, prompt: PromptFormat = PromptFormat()) -> str:

@@ -35,7 +35,8 @@ DIRECTIONS = ("left", "right", "forward", "backward")
 NUMBERS = ("one", "two", "three", "four")
 PERIODS = {"one": 1, "two": 2, "four": 4, "never": 0}  # seconds
 LENGTHS = {"half": 0.5, "one": 1, "two": 2, "four": 4}  # seconds
-PROMPT = PromptFormat(option=" {text} ({letter})")  # the space: one token wherever a word stands
+# Spaces before words: a word is one token wherever it stands.
+PROMPT = PromptFormat(option=" {text} ({letter})", reply=" {text}")
 STILLS = {  # share of each kind of image: where a thing is takes longest to learn
     "object": 0.4,
     "number": 0.2,

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small world, a tokenizer for its words and an untrained model."""
+"""A small world, and the tiny official checkpoint, which knows nothing of it."""
 
-import json
+from pathlib import Path
 
 import pytest
-from flax import nnx
 
 from apollo_jax.evaluation.apollobench_mini import write_world
-from apollo_jax.inference.processor import Processor
-from apollo_jax.models import apollo
-from data_pipeline.tokenizer import Tokenizer, train_sentencepiece
+from apollo_jax.inference.generate import load
+
+TINY = Path(__file__).parents[2] / "fixtures" / "apollo-tiny-a" / "checkpoint"
 
 
 @pytest.fixture(scope="session")
@@ -20,16 +19,15 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def processor(world, tmp_path_factory):
-    lines = (world / "train/text.jsonl").read_text().splitlines()
-    texts = [turn["value"] for line in lines for turn in json.loads(line)["conversations"]]
-    path = tmp_path_factory.mktemp("tokenizer") / "words.model"
-    train_sentencepiece(texts, path, 320)
-    tokenizer = Tokenizer.from_path(path)
-    return Processor.from_config(apollo.Config.debug(tokenizer.vocab_size), tokenizer)
+def loaded():
+    return load(str(TINY))
 
 
 @pytest.fixture(scope="session")
-def model(processor):
-    config = apollo.Config.debug(processor.tokenizer.vocab_size)
-    return apollo.Apollo(config, rngs=nnx.Rngs(0))
+def model(loaded):
+    return loaded[0]
+
+
+@pytest.fixture(scope="session")
+def processor(loaded):
+    return loaded[1]
