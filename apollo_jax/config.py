@@ -20,6 +20,8 @@ from apollo_jax.models import apollo
 from apollo_jax.sharding import MeshConfig
 from data_pipeline.loader import DataConfig, SourceConfig
 
+REQUIRED = "REQUIRED"  # a path that a config file leaves to its user
+
 T = TypeVar("T")
 DType = Literal["float32", "bfloat16"]
 
@@ -136,7 +138,8 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     Raises FileNotFoundError or ValueError naming the file or field, and what is known there.
     """
     path, _, arg = spec.partition(":")
-    config = _load_module(Path(path)).get_config(arg)
+    get_config = _load_module(Path(path)).get_config
+    config = get_config(arg) if arg else get_config()
     for name, text in (overrides or {}).items():
         override(config, name, text)
     return from_dict(Experiment, config.to_dict())
@@ -287,6 +290,13 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError(f"{path} is {value!r}, must be a group of fields")
     return value
+
+
+def unset_paths(experiment: Experiment) -> list[str]:
+    """`a.b` of every path that still has to be given."""
+    leaves = _leaves(dataclasses.asdict(experiment))
+    empty = (k for k, v in leaves.items() if k.endswith((".path", ".tokenizer")) and not v)
+    return [k for k, v in leaves.items() if v in (REQUIRED, (REQUIRED,))] + list(empty)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from apollo_jax.checkpoints import manager
-from apollo_jax.config import Experiment, differences
+from apollo_jax.config import Experiment, differences, unset_paths
 from data_pipeline.loader import DataConfig
 from data_pipeline.tokenizer import Tokenizer
 
@@ -36,13 +36,10 @@ def continues(experiment: Experiment, workdir: Path) -> None:
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:
     """The experiment's tokenizer. ValueError for a path that is not set or too many tokens."""
-    data, held_out = experiment.data, experiment.evaluation.sources
-    paths = {"data.tokenizer": data.tokenizer}
-    paths |= {f"data.sources.{name}.path": s.path for name, s in data.sources.items()}
-    paths |= {f"evaluation.sources.{name}.path": s.path for name, s in held_out.items()}
-    unset = [f"--config.{name}=PATH" for name, path in paths.items() if not path]
+    unset = [f"--config.{name}=PATH" for name in unset_paths(experiment)]
     if unset:
-        raise ValueError(f"the config leaves these paths to you: {' '.join(unset)}")
+        raise ValueError(f"the config leaves these paths to you:\n  {' '.join(unset)}")
+    data = experiment.data
     tokenizer = Tokenizer.from_path(data.tokenizer)
     size, rows = tokenizer.vocab_size, experiment.model.llm.vocab_size
     if size > rows:

@@ -4,6 +4,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def run(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "run")
 
 
-def restore(run: Path, abstract: TrainState | None = None, read_only: bool = False):
+def restore(run: Path, abstract: TrainState | None = None, read_only: bool = False) -> Any:
     checkpoints = Checkpoints(run, keep=2, read_only=read_only)
     try:
         return checkpoints.restore(shapes(make_state(0)) if abstract is None else abstract)
@@ -153,9 +154,7 @@ def test_an_unfinished_checkpoint_is_not_seen(run):
 def test_all_damaged_is_an_error_that_moves_nothing(run):
     for step in (2, 3):
         truncate(run / "checkpoints" / f"{step:08d}" / "weights")
-    with pytest.raises(
-        ValueError, match=r"no checkpoint .* can be read:\n  step 3: .*\n  step 2"
-    ):
+    with pytest.raises(ValueError, match=r"no checkpoint .* can be read:\n  step 3: .*\n  step 2"):
         restore(run)
     assert sorted(os.listdir(run / "checkpoints")) == ["00000002", "00000003"]
 

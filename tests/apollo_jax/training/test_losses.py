@@ -23,7 +23,8 @@ def inputs():
     )  # fmt: skip
 
 
-def sums(hidden, table, targets, weights, chunk=0):
+def sums(inputs, chunk=0) -> losses.Sums:
+    hidden, table, targets, weights = inputs
     return losses.cross_entropy(hidden, lambda h: h @ table.T, targets, weights, chunk)
 
 
@@ -32,7 +33,7 @@ def test_is_the_weighted_mean_negative_log_likelihood(inputs):
     logits = hidden @ table.T
     likelihood = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     picked = np.take_along_axis(likelihood, targets[..., None], -1)[..., 0]
-    loss, accuracy = losses.mean(sums(*inputs))
+    loss, accuracy = losses.mean(sums(inputs))
     np.testing.assert_allclose(loss, -(np.log(picked) * weights).sum() / weights.sum(), rtol=1e-5)
     hits = (logits.argmax(-1) == targets) * weights
     np.testing.assert_allclose(accuracy, hits.sum() / weights.sum(), rtol=1e-6)
@@ -41,7 +42,7 @@ def test_is_the_weighted_mean_negative_log_likelihood(inputs):
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_chunks_change_neither_loss_nor_gradient(inputs, chunk):
     def loss(hidden, chunk):
-        return losses.mean(sums(hidden, *inputs[1:], chunk))[0]
+        return losses.mean(sums((hidden, *inputs[1:]), chunk))[0]
 
     (whole, grad), (chunked, chunked_grad) = (
         jax.value_and_grad(loss)(inputs[0], c) for c in (0, chunk)
@@ -51,5 +52,5 @@ def test_chunks_change_neither_loss_nor_gradient(inputs, chunk):
 
 
 def test_a_batch_without_targets_has_loss_zero(inputs):
-    loss, accuracy = losses.mean(sums(*inputs[:3], jnp.zeros((B, L))))
+    loss, accuracy = losses.mean(sums((*inputs[:3], jnp.zeros((B, L)))))
     assert loss == accuracy == 0.0

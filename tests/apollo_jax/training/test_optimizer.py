@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-component rates, the schedule, and AdamW against optax's own."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,7 @@ def test_only_trained_components_have_a_schedule():
     assert set(make_schedules(OptimizerConfig(RATES), 10)) == {"connector", "llm"}
 
 
-def run(config: OptimizerConfig, grads: list[dict]) -> dict:
+def run(config: OptimizerConfig, grads: list[dict]) -> Any:
     tx = make_optimizer(config, make_schedules(config, 100))
     params, state = PARAMS, tx.init(PARAMS)
     for grad in grads:
@@ -57,7 +59,8 @@ def test_is_adamw_with_a_rate_per_component():
     ours = run(config, [GRADS] * 3)
     for name, peak in (("connector/a", 1e-2), ("llm/b/c", 1e-3)):
         tx = optax.adamw(peak, config.b1, config.b2, config.eps, weight_decay=0.1)
-        param, state = PARAMS[name], tx.init(PARAMS[name])
+        param: Any = PARAMS[name]
+        state = tx.init(param)
         for _ in range(3):
             update, state = tx.update(GRADS[name], state, param)
             param = optax.apply_updates(param, update)

@@ -140,7 +140,8 @@ def test_the_loss_is_that_of_one_device(experiment, program, mesh, start, weight
     alone = sharding.make_mesh(MeshConfig(data=1), devices=jax.devices()[:1])
     single = step.build(experiment(CONNECTOR_ONLY), alone)
     with jax.set_mesh(alone):
-        now = state.TrainState(0, *map(jax.device_put, state.split(weights, ("connector",))), ())
+        params, frozen = jax.device_put(state.split(weights, ("connector",)))
+        now = state.TrainState(0, params, frozen, ())
         one = losses.mean(single.eval_step(now, place(batch, alone)))
     np.testing.assert_allclose(many, one, rtol=2e-5)
 

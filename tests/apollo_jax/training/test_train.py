@@ -100,7 +100,7 @@ def test_another_config_is_refused(whole, experiment):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"data.tokenizer": ""}, r"leaves these paths to you: --config\.data\.tokenizer=PATH"),
+        ({"data.tokenizer": ""}, r"leaves these paths to you:\n  --config\.data\.tokenizer=PATH"),
         ({"data.sources.all.path": ""}, r"--config\.data\.sources\.all\.path=PATH"),
         ({"data.tokenizer": "nowhere"}, "tokenizer nowhere does not exist"),
         ({"data.sources.all.path": "nowhere"}, "nowhere does not exist"),

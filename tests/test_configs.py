@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every shipped config is built; the recipes are the published ones (paper, Table 7)."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from apollo_jax import config, sharding
+from apollo_jax.config import unset_paths
+from apollo_jax.sharding import MeshConfig
+from apollo_jax.training import stages, state
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+STAGES = ("align", "vision", "sft")
+SIZES = ("1p5b", "3b", "7b")
+
+
+def load(size: str, stage: str) -> config.Experiment:
+    return config.load(f"{CONFIGS / f'apollo_{size}.py'}:{stage}")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+def test_every_stage_is_built(path: Path):
+    with pytest.raises(ValueError, match="known: ") as error:
+        config.load(f"{path}:nonesuch")
+    for stage in re.split(", ", str(error.value).partition("known: ")[2]):
+        experiment = config.load(f"{path}:{stage}")
+        assert stages.trained_components(experiment.optimizer.learning_rates)
+        assert unset_paths(experiment) or path.stem == "demo"
+    config.load(str(path))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_recipes_are_the_published_ones(size: str):
+    rates = {stage: load(size, stage).optimizer.learning_rates for stage in STAGES}
+    assert [(r.vision_tower, r.connector) for r in rates.values()] == [
+        (0.0, 1e-4), (5e-6, 1e-4), (0.0, 1e-4)
+    ]  # fmt: skip
+    assert [r.llm for r in rates.values()] == [
+        0.0,
+        0.0,
+        {"1p5b": 5e-5, "3b": 2e-5, "7b": 1e-5}[size],
+    ]
+    clips = [load(size, stage).data.max_clips for stage in STAGES]
+    assert clips == [25, 25, 150 if size == "7b" else 200]
+    assert [load(size, stage).train.num_steps for stage in STAGES] == [773, 1546, 12500]
+    for stage in STAGES:
+        optimizer = load(size, stage).optimizer
+        assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.clip_norm) == (
+            "cosine",
+            0.03,
+            1.0,
+        )
+
+
+# Trainable parameters in millions: the connector as released, the others as in Table 7.
+TRAINED = {
+    "1p5b": {"align": (38.36, 0.01), "vision": (1400, 50), "sft": (1600, 50)},
+    "3b": {"align": (63.73, 0.01), "vision": (1500, 60), "sft": (3200, 60)},
+    "7b": {"align": (177.58, 0.01), "vision": (1600, 50), "sft": (7800, 50)},
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_trainable_parameters(size: str):
+    e = load(size, "align")
+    _, shapes = state.abstract_model(e.model, e.train, (), sharding.make_mesh(MeshConfig(1, -1)))
+    for stage, (millions, tolerance) in TRAINED[size].items():
+        trained = stages.trained_components(load(size, stage).optimizer.learning_rates)
+        count = sum(stages.count(shapes, component) for component in trained)
+        assert count / 1e6 == pytest.approx(millions, abs=tolerance), stage
