@@ -35,7 +35,7 @@ from data_pipeline.predecode import PredecodeConfig, predecode
 from data_pipeline.sampling import ClipSampling, sample_clips
 from data_pipeline.tokenizer import train_sentencepiece
 
-STAGES = ("warmup", "align", "vision", "sft")
+STAGES = ("images", "warmup", "align", "vision", "sft")
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.py"
 PROGRESS = "progress.json"  # what is done, and the seconds it took
 

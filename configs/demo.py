@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's tiny Apollo on ApolloBench-mini: `configs/demo.py:{warmup,align,vision,sft}`.
+"""The demo's tiny Apollo on ApolloBench-mini: `configs/demo.py:{images,warmup,align,vision,sft}`.
 
 Paths are relative to the demo's workdir. The paper starts from SigLIP, InternVideo2 and Qwen2.5;
-here every part starts random, so `warmup` trains all of them on text, captioned images and
-captioned clips first. Then come the paper's three stages with its freezing (Table 7): connector;
-encoders and connector on video alone; connector and decoder on the mixture. Rates are our choice
-for a model of this size.
+here every part starts random, so all of them are trained first: `images` on text and captioned
+images (which halves the steps that clips take), `warmup` on captioned clips too. Then come the
+paper's three stages with its freezing (Table 7): connector; encoders and connector on video alone;
+connector and decoder on the mixture. Rates are our choice for a model of this size.
 """
 
 from ml_collections import ConfigDict
@@ -22,40 +22,51 @@ from data_pipeline.loader import DataConfig, SourceConfig
 
 VOCABULARY = 704
 
-# Per stage: steps, the sources' weights, peak rates, and the stage it starts from.
+# Per stage: steps, rows, the sources' weights, peak rates, and the stage it starts from.
 STAGES = {
-    "warmup": (
-        1500,
-        {"text": 0.2, "captions_image": 0.15, "captions_video": 0.65},
+    "images": (
+        600,
+        8,
+        {"text": 0.25, "captions_image": 0.75},
         LearningRates(vision_tower=3e-3, connector=3e-3, llm=3e-3),
         "",
     ),
+    "warmup": (
+        1100,
+        16,
+        {"text": 0.15, "captions_image": 0.15, "captions_video": 0.7},
+        LearningRates(vision_tower=3e-3, connector=3e-3, llm=3e-3),
+        "images",
+    ),
     "align": (
         40,
+        16,
         {"captions_image": 0.5, "captions_video": 0.5},
         LearningRates(connector=2e-3),
         "warmup",
     ),
     "vision": (
         60,
+        16,
         {"captions_video": 1.0},
         LearningRates(vision_tower=2e-4, connector=2e-3),
         "align",
     ),
     "sft": (
-        1300,
-        {"text": 0.15, "captions_image": 0.05, "multi_image": 0.05, "qa_video": 0.75},
+        1200,
+        16,
+        {"text": 0.12, "captions_image": 0.05, "multi_image": 0.05, "qa_video": 0.78},
         LearningRates(connector=2e-3, llm=2e-3),
         "vision",
     ),
 }
 
 
-def get_config(arg: str = "warmup") -> ConfigDict:
+def get_config(arg: str = "images") -> ConfigDict:
     """The experiment of one stage."""
     if arg not in STAGES:
         raise ValueError(f"configs/demo.py has no stage {arg!r}; known: {', '.join(STAGES)}")
-    steps, weights, rates, start = STAGES[arg]
+    steps, rows, weights, rates, start = STAGES[arg]
     model = apollo.Config.debug(VOCABULARY)
     return to_config(
         Experiment(
@@ -69,7 +80,7 @@ def get_config(arg: str = "warmup") -> ConfigDict:
                 },
                 frames=("frames",),
                 tokenizer="tokenizer.model",
-                batch_size=16,
+                batch_size=rows,
                 length=192,
                 clips=6,
                 max_clips=6,

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.siglip import sincos
 from data_pipeline.transforms import FrameSpec
 
 
@@ -155,19 +156,12 @@ def tubelets(
 
 
 def sincos_3d(grid: tuple[int, int, int], dim: int) -> Float[np.ndarray, "1+T*P*P D"]:
-    """The tower's initial positions: 1/4 of the channels for time, 3/4 for space; zero for CLS."""
+    """A fresh tower's positions: 1/4 of the channels for time, 3/4 for space; zero for CLS."""
     t, rows, columns = grid
-    time_dim = dim // 4
-    space_dim = dim - time_dim
-
-    def table(positions: np.ndarray, width: int) -> np.ndarray:
-        omega = 1.0 / 10_000 ** (np.arange(width // 2) / (width / 2.0))
-        angles = np.outer(positions, omega)
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
+    time_dim, space_dim = dim // 4, (dim - dim // 4) // 2
+    temperature = 2 * max(grid)
     y, x = np.mgrid[:rows, :columns].reshape(2, -1)
-    space = np.concatenate([table(x, space_dim // 2), table(y, space_dim // 2)], axis=1)
-    space = np.broadcast_to(space, (t, *space.shape))
-    time = np.broadcast_to(table(np.arange(t), time_dim)[:, None], (t, rows * columns, time_dim))
-    full = np.concatenate([time, space], axis=-1).reshape(t * rows * columns, -1)
+    space = np.concatenate([sincos(a, space_dim, temperature) for a in (x, y)], axis=1)
+    time = sincos(np.arange(t), time_dim, temperature)
+    full = np.concatenate([np.repeat(time, rows * columns, axis=0), np.tile(space, (t, 1))], axis=1)
     return np.pad(full, ((1, 0), (0, dim - full.shape[1])))

@@ -116,8 +116,17 @@ def patchify(pixels: Float[Array, "*b I I 3"], patch: int) -> Float[Array, "*b P
 
 def sincos_2d(side: int, dim: int) -> Float[np.ndarray, "P*P D"]:
     """2-D sine-cosine table: where a fresh tower's learned positions start (as in big_vision)."""
-    omega = 1.0 / 10_000 ** (np.arange(dim // 4) / max(1, dim // 4 - 1))
     y, x = np.mgrid[:side, :side].reshape(2, -1)
-    angles = [np.outer(axis, omega) for axis in (x, y)]
-    table = np.concatenate([g(a) for a in angles for g in (np.sin, np.cos)], axis=1)
+    table = np.concatenate([sincos(axis, dim // 2, 2 * side) for axis in (x, y)], axis=1)
     return np.pad(table, ((0, 0), (0, dim - table.shape[1])))
+
+
+def sincos(positions: np.ndarray, dim: int, temperature: float) -> Float[np.ndarray, "n dim"]:
+    """Sines and cosines of `positions` at dim // 2 frequencies from 1 down to 1 / temperature.
+
+    The temperature follows the grid: the usual 10,000 leaves most channels constant on a small one.
+    """
+    count = dim // 2
+    frequencies = temperature ** -(np.arange(count) / max(1, count - 1))
+    angles = np.outer(positions, frequencies)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
