@@ -35,7 +35,8 @@ def config(files: dict[str, Any], where: str) -> Config:
     preprocessor = files.get("preprocessor_config.json", {})
     place = f"{where}/preprocessor_config.json"
     statistics = take(preprocessor.get("Normalize", {}), NORMALIZE, {}, f"{place}: Normalize")
-    take(preprocessor.get("Resize", {}), {}, dict(interpolation="bilinear"), f"{place}: Resize")
+    resize = dict(interpolation="bilinear", size=fields["img_size"])
+    take(preprocessor.get("Resize", {}), {}, resize, f"{place}: Resize")
     return Config(**fields, image_mean=statistics["mean"], image_std=statistics["std"])
 
 

@@ -38,11 +38,12 @@ HEAD = "vision_model.head"
 def config(files: dict[str, Any], where: str) -> Config:
     """Config from config.json (of the tower or of both) and preprocessor_config.json."""
     json = files["config.json"]
+    fields = take(json.get("vision_config", json), KNOWN, FIXED, f"{where}/config.json")
+    size = dict(height=fields["image_size"], width=fields["image_size"])
     preprocessor = files.get("preprocessor_config.json", {})
-    return Config(
-        **take(json.get("vision_config", json), KNOWN, FIXED, f"{where}/config.json"),
-        **take(preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED, f"{where}/preprocessor_config.json"),
-    )
+    place = f"{where}/preprocessor_config.json"
+    statistics = take(preprocessor, PREPROCESSOR, PREPROCESSOR_FIXED | dict(size=size), place)
+    return Config(**fields, **statistics)
 
 
 def published(c: Config) -> dict[str, Any]:
