@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from flax import nnx
 from apollo_jax.checkpoints import companions, safetensors
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules.table import (
+    Slot,
     parameters,
     slots,
     spellings,
@@ -66,8 +68,7 @@ def from_pretrained(
     )
     model.connector = _load_part(folder / layout.CONNECTOR, config.connector, **kw)
     model.llm = _load_part(folder / layout.LLM, config.llm, **kw)
-    beside = {f"{layout.TOWERS}/{n}": content for n, content in companions.read(towers).items()}
-    model.origin = Origin(companions.read(folder) | beside)
+    model.origin = Origin(_companions(folder))
     return model
 
 
@@ -121,12 +122,25 @@ def save_pretrained(
 
 
 def _load_part(folder: Path, config: layout.PartConfig, **kw: Any) -> Any:
-    files, rules = companions.read(folder), layout.RULES_BY_CONFIG[type(config)]
-    table = rules.table(config, companions.parse(files, companions.CONFIG, folder))
-    model = nnx.eval_shape(lambda: rules.MODEL(config, rngs=nnx.Rngs(0), **kw))
+    module = layout.RULES_BY_CONFIG[type(config)].MODEL
+    model = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **kw))
+    expected, tensors, origin = _open_part(folder, model)
     graphdef, state = nnx.split(model)
     flat = dict(zip(parameters(model), nnx.to_flat_state(state), strict=True))
-    expected = slots(table, parameters(model))
+    loaded = []
+    for path, array in to_ours(expected, lambda name: tensors[origin.names[name]]):
+        key, leaf = flat[path]
+        loaded.append((key, leaf.replace(jnp.asarray(array, leaf.dtype))))
+    model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
+    model.origin = origin
+    return model
+
+
+def _open_part(folder: Path, part: Any) -> tuple[dict[str, Slot], TensorFolder, Origin]:
+    """What a published folder must hold for `part`, its tensors, and all it holds besides."""
+    files, rules = companions.read(folder), layout.RULES[type(part)]
+    table = rules.table(part.config, companions.parse(files, companions.CONFIG, folder))
+    expected = slots(table, parameters(part))
     tensors = TensorFolder(folder)
     shapes = {name: stored.shape for name, stored in tensors.stored.items()}
     names = spellings(table, expected, shapes, str(folder))
@@ -136,14 +150,14 @@ def _load_part(folder: Path, config: layout.PartConfig, **kw: Any) -> Any:
                 f"{folder}: {copy} differs from {of}, to which the config ties it; "
                 "set tie_word_embeddings to false to keep both"
             )
-    loaded = []
-    for path, array in to_ours(expected, lambda name: tensors[names[name]]):
-        key, leaf = flat[path]
-        loaded.append((key, leaf.replace(jnp.asarray(array, leaf.dtype))))
-    model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
     unused = {name: tensors[names[name]] for name, slot in expected.items() if not slot.path}
-    model.origin = Origin(files, names, tensors.stored, unused)
-    return model
+    return expected, tensors, Origin(files, names, tensors.stored, unused)
+
+
+def _companions(folder: Path) -> companions.Files:
+    """The files of an Apollo folder that belong to none of its parts."""
+    towers = companions.read(folder / layout.TOWERS)
+    return companions.read(folder) | {f"{layout.TOWERS}/{n}": file for n, file in towers.items()}
 
 
 def _is_run(folder: Path) -> bool:
@@ -158,7 +172,8 @@ def _load_run(folder: Path, *, dtype: Any, param_dtype: Any) -> apollo.Apollo:
     from apollo_jax.checkpoints.manager import Checkpoints, read_experiment
     from apollo_jax.training.state import flatten, merge
 
-    config, kw = read_experiment(folder).model, dict(dtype=dtype, param_dtype=param_dtype)
+    experiment, kw = read_experiment(folder), dict(dtype=dtype, param_dtype=param_dtype)
+    config = experiment.model
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0), **kw))
     )
@@ -172,7 +187,40 @@ def _load_run(folder: Path, *, dtype: Any, param_dtype: Any) -> apollo.Apollo:
         _, weights = checkpoints.restore_weights(shapes)
     finally:
         checkpoints.close()
-    return merge(graphdef, weights)
+    model = merge(graphdef, weights)
+    _adopt(model, experiment)
+    return model
+
+
+def _adopt(model: apollo.Apollo, experiment: Any) -> None:
+    """Give a trained model the origins of the published folders its run began from, for export."""
+    from apollo_jax.checkpoints.manager import read_experiment
+
+    while _is_run(Path(experiment.init_from)):
+        experiment = read_experiment(experiment.init_from)
+    whole, parts = experiment.init_from, experiment.init_parts
+    towers = dict(zip(model.config.towers, model.vision_tower.towers, strict=True))
+    if whole and _is_there(whole):
+        folder = Path(whole)
+        model.origin = Origin(_companions(folder))
+        began = [(tower, folder / layout.TOWERS / name) for name, tower in towers.items()]
+        began += [(model.connector, folder / layout.CONNECTOR), (model.llm, folder / layout.LLM)]
+    else:
+        began = [(towers[name], Path(path)) for name, path in parts.towers.items()]
+        began += [(model.connector, Path(parts.connector)), (model.llm, Path(parts.llm))]
+        began = [(part, path) for part, path in began if path != Path() and _is_there(path)]
+    for part, folder in began:
+        part.origin = _open_part(folder, part)[-1]
+
+
+def _is_there(path: str | Path) -> bool:
+    if not Path(path).exists():
+        warnings.warn(
+            f"{path}, from which this model was trained, is gone: an export will hold zeros for "
+            "the published tensors that the model does not use",
+            stacklevel=2,
+        )
+    return Path(path).exists()
 
 
 # ---- writing
