@@ -13,6 +13,7 @@ workdir and is not repeated by --resume.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -133,8 +134,8 @@ class Demo:
         live = json.loads((self.workdir / "live.json").read_text())
         story = Story(
             stages=[
-                Stage(stage, self.trained(stage), self.stage(stage) / "metrics.jsonl")
-                for stage in STAGES
+                Stage(s, self.trained(s), self.mixture(s), self.stage(s) / "metrics.jsonl")
+                for s in STAGES
             ],
             evaluation=self.workdir / "evaluation",
             warmed_up=self.workdir / "evaluation-warmup",
@@ -151,6 +152,12 @@ class Demo:
         """The components that a stage trains."""
         rates = dataclasses.asdict(self.experiment(stage).optimizer.learning_rates)
         return ", ".join(name.replace("_", " ") for name, rate in rates.items() if rate > 0)
+
+    def mixture(self, stage: str) -> str:
+        """The sources a stage reads, with their shares."""
+        sources = self.experiment(stage).data.sources
+        total = sum(source.weight for source in sources.values())
+        return ", ".join(f"{s.weight / total:.0%} {name}" for name, s in sources.items())
 
     def experiment(self, stage: str) -> Experiment:
         """A stage's config, whose paths are relative to the workdir."""
@@ -245,14 +252,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def use_all_cores(batch_size: int) -> None:
-    """One CPU device per core that the batch divides over: XLA splits small models badly.
+def use_all_cores(*batch_sizes: int) -> None:
+    """As many CPU devices as the batches divide over: XLA splits small models badly by itself.
 
     Must run before jax looks for devices; a setting of the caller's is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in flags:
-        count = next(n for n in range(min(cores(), 8), 0, -1) if batch_size % n == 0)
+        rows = math.gcd(*batch_sizes)
+        count = next(n for n in range(min(cores(), 8), 0, -1) if rows % n == 0)
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
 
 
@@ -274,7 +282,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="its stages (default: ours)")
     args = parser.parse_args(argv)
     demo = Demo(args.workdir.absolute(), args.config, args.quick)
-    use_all_cores(demo.experiment(STAGES[0]).data.batch_size)
+    use_all_cores(*(demo.experiment(stage).data.batch_size for stage in STAGES))
     try:
         numbers = run(demo, resume=args.resume)
     except (Stopped, KeyboardInterrupt):

@@ -3,7 +3,7 @@
 
 n tokens of one sample, Q visual tokens per clip.
 
-The text is Apollo's ChatML (apollo.md b.7), character by character. Visual positions are written
+The text is that of Apollo's published code, character by character. Visual positions are written
 as Q placeholders per clip, and every run of text between placeholders is tokenised on its own, as
 the official code does. That code also drops the first token after a prompt that *begins* with a
 placeholder, meant for tokenizers that prepend a BOS; ours always begin with <|im_start|>, so

@@ -54,7 +54,7 @@ def _resize(square: np.ndarray, spec: FrameSpec) -> np.ndarray:
 
 
 def preprocess(frames: np.ndarray, spec: FrameSpec) -> np.ndarray:
-    """u8[T, h, w, 3] -> f32[T, S, S, 3]: pad to a square, resize, normalise (apollo.md b.2)."""
+    """u8[T, h, w, 3] -> f32[T, S, S, 3]: pad to a square, resize, normalise."""
     squares = np.stack([_resize(pad_to_square(f, spec.pad_colour), spec) for f in frames])
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
     return (squares.astype(np.float32) / np.float32(255) - mean) / std

@@ -192,7 +192,7 @@ def _load_run(folder: Path, *, dtype: Any, param_dtype: Any) -> apollo.Apollo:
     return model
 
 
-def _adopt(model: apollo.Apollo, experiment: Any) -> None:
+def _adopt(model: Any, experiment: Any) -> None:
     """Give a trained model the origins of the published folders its run began from, for export."""
     from apollo_jax.checkpoints.manager import read_experiment
 

@@ -21,10 +21,11 @@ EXPECTED = {"video": ("at least", 0.85), "image": ("below", 0.45), "text": ("bel
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage: what it is called, what it trains, where its metrics are."""
+    """One training stage: what it is called, what it trains, on which data, its metrics."""
 
     name: str
     trains: str
+    data: str
     metrics: Path
 
 
@@ -59,7 +60,11 @@ def write_report(out: Path, story: Story) -> dict:
         "rate_questions": _rate_questions(rows),
         "freezing": _freezing(rows, story.warmed_up),
         "stages": {
-            stage.name: {"trains": stage.trains, **_ends(curves[stage.name])}
+            stage.name: {
+                "trains": stage.trains,
+                "data": stage.data,
+                **_ends(curves[stage.name]),
+            }
             for stage in story.stages
         },
         "live": [dataclasses.asdict(answer) for answer in story.live],

@@ -113,16 +113,16 @@ def _sampling(rate: dict | None) -> str:
 def _stages(numbers: dict, curves: Mapping[str, Curve]) -> str:
     cards = "".join(
         f'<div class="card"><h3>{escape(name)} <span class="soft">trains '
-        f"{escape(stage['trains'])}</span></h3>{charts.line(curves[name])}</div>"
+        f"{escape(stage['trains'])}</span></h3>{charts.line(curves[name])}"
+        f'<div class="soft small">{escape(stage["data"].replace("_", " "))}</div></div>'
         for name, stage in numbers["stages"].items()
     )
     text = "<h2>Training</h2><p>Loss of each stage. "
     if freezing := numbers["freezing"]:
         text += (
-            "The warm-up trains everything together; the stages after it freeze parts, as the "
-            "paper does. Accuracy from video went from "
-            f"{freezing['warm-up']['accuracy']:.1%} after the warm-up to "
-            f"{freezing['final']['accuracy']:.1%} at the end, {_points(freezing['difference'])}."
+            "Everything trains until the warm-up ends; the paper's stages, after it, freeze parts. "
+            f"Accuracy from video was {freezing['warm-up']['accuracy']:.1%} before them and is "
+            f"{freezing['final']['accuracy']:.1%} after them: {_points(freezing['difference'])}."
         )
     return f'{text}</p><div class="pair">{cards}</div>'
 

@@ -53,7 +53,7 @@ def told(world, tmp_path_factory):
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = rows["video-fps"][0]
     story = Story(
-        stages=[Stage("align", "the connector", out / "metrics.jsonl")],
+        stages=[Stage("align", "the connector", "all images", out / "metrics.jsonl")],
         evaluation=out / "final",
         warmed_up=out / "warm-up",
         live=[LiveAnswer(row["video"], "What?\nx (A)\ny (B)", "<i>x (A)", "y (B)")],
@@ -71,7 +71,8 @@ def test_numbers(told):
     assert not video["met"]
     assert numbers["headline"]["image"]["met"]
     assert numbers["stages"]["align"] == {
-        "trains": "the connector", "steps": 10, "first_loss": 2.5, "last_loss": 0.5,
+        "trains": "the connector", "data": "all images",
+        "steps": 10, "first_loss": 2.5, "last_loss": 0.5,
     }  # fmt: skip
     assert numbers["freezing"]["difference"]["difference"] == pytest.approx(0.25, abs=0.05)
 
