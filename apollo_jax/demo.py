@@ -27,7 +27,7 @@ from apollo_jax.config import Experiment
 from apollo_jax.evaluation import benchmark, scenes
 from apollo_jax.evaluation.apollobench_mini import DESCRIBE, write_world
 from apollo_jax.evaluation.evaluate import evaluate
-from apollo_jax.evaluation.multiple_choice import answer_text, question_text
+from apollo_jax.evaluation.multiple_choice import question_text
 from apollo_jax.evaluation.report import LiveAnswer, Stage, Story, write_report
 from apollo_jax.inference.generate import load
 from apollo_jax.training.train import train
@@ -116,7 +116,7 @@ class Demo:
         bench = benchmark.load("apollobench_mini", self.workdir / "world")
         video = bench.questions[0].video
         asked = {
-            question_text(q, bench.prompt): answer_text(q.options, q.answer)
+            question_text(q, bench.prompt): q.options[q.answer]
             for q in bench.questions
             if q.video == video
         } | {DESCRIBE: json.loads(lines[0])["caption"]}

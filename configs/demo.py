@@ -25,7 +25,7 @@ VOCABULARY = 704
 # Per stage: steps, rows, the sources' weights, peak rates, and the stage it starts from.
 STAGES = {
     "images": (
-        600,
+        1000,
         8,
         {"text": 0.25, "captions_image": 0.75},
         LearningRates(vision_tower=3e-3, connector=3e-3, llm=3e-3),
@@ -53,7 +53,7 @@ STAGES = {
         "align",
     ),
     "sft": (
-        1200,
+        1400,
         16,
         {"text": 0.12, "captions_image": 0.05, "multi_image": 0.05, "qa_video": 0.78},
         LearningRates(connector=2e-3, llm=2e-3),

@@ -6,8 +6,8 @@
     train/{captions_video,captions_image,multi_image,text,qa_video}.jsonl   conversations
     test.jsonl                  the benchmark: id, video, question, options, answer, category, ...
 
-What the words mean is taught by still images with captions; what a question asks and how an option
-becomes its letter, by text alone; the rest needs the videos.
+What the words mean is taught by still images with captions; what a question asks, and to say one
+of its options, by text alone; the rest needs the videos.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from apollo_jax.evaluation import scenes
-from apollo_jax.evaluation.multiple_choice import Question, answer_text, question_text
+from apollo_jax.evaluation.multiple_choice import Question, question_text
 from apollo_jax.evaluation.scenes import make_scene
 
 CENTRE_SHARE = TEXT_SHARE = 0.08  # training records of the two control modalities
@@ -83,9 +83,7 @@ def _train_scene(out: Path, seed: int, index: int) -> dict:
     scene = make_scene(family, rng)
     name, video = f"{family}_{index:05d}", f"videos/train/{family}_{index:05d}.mp4"
     write_video(out / video, scene.frames)
-    turns = [
-        (question_text(q, scenes.PROMPT), answer_text(q.options, q.answer)) for q in scene.questions
-    ]
+    turns = [(question_text(q, scenes.PROMPT), q.options[q.answer]) for q in scene.questions]
     turns = [turns[i] for i in rng.permutation(len(turns))]
     control = rng.random()
     if control < TEXT_SHARE:  # must guess: the text-only control is in distribution
@@ -103,7 +101,7 @@ def _train_scene(out: Path, seed: int, index: int) -> dict:
 
 
 def _test_scene(out: Path, seed: int, index: int) -> list[dict]:
-    """Write one test video; its questions, with the right letter going round evenly."""
+    """Write one test video; its questions, the place of the right option going round evenly."""
     rng = np.random.default_rng((seed, _TEST, index))
     family = scenes.FAMILIES[index % len(scenes.FAMILIES)]
     scene = make_scene(family, rng)
@@ -146,7 +144,7 @@ def _multi_image(captions: list[str], seed: int) -> Iterable[dict]:
 
 
 def _bindings(number: int, seed: int) -> Iterable[dict]:
-    """Text that teaches how an option becomes its letter, with the words of every family."""
+    """Text that teaches to say one of the options, with the words of every family."""
     rng = np.random.default_rng((seed, _TEXT))
     words = [scenes.COLORS, scenes.DIGITS, scenes.PLACES, scenes.DIRECTIONS]
     words = [list(group) for group in (*words, scenes.NUMBERS, scenes.PERIODS, scenes.LENGTHS)]
@@ -155,7 +153,7 @@ def _bindings(number: int, seed: int) -> Iterable[dict]:
         answer = int(rng.integers(4))
         question = Question("What is the note?", tuple(options), answer, "Text")
         prompt = f"Note: {options[answer]}\n{question_text(question, scenes.PROMPT)}"
-        yield _record(f"text_{i:05d}", (prompt, answer_text(options, answer)))
+        yield _record(f"text_{i:05d}", (prompt, options[answer]))
 
 
 def _seen(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:

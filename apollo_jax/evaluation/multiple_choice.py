@@ -45,11 +45,6 @@ def question_text(question: Question, prompt: PromptFormat = PromptFormat()) -> 
     return "\n".join(filter(None, [question.question, *options, prompt.instruction]))
 
 
-def answer_text(options: Sequence[str], answer: int) -> str:
-    """The content, then the letter: `red (B)`. In this order a small model binds the letter."""
-    return f"{options[answer]} ({LETTERS[answer]})"
-
-
 def parse_choice(reply: str, options: Sequence[str]) -> int | None:
     """The option a reply chooses, or None. Never guesses.
 

@@ -29,14 +29,14 @@ COLORS = {
     "white": (240, 240, 240),
 }
 SHAPES = ("square", "circle", "triangle")
-# Options are single words: once the word is said, its letter is what followed it in the question.
+# Options are single words, one token each: a small model answers by saying one.
 PLACES = {"top": (32, 13), "bottom": (32, 51), "left": (13, 32), "right": (51, 32)}  # x, y
 DIRECTIONS = ("left", "right", "forward", "backward")
 NUMBERS = ("one", "two", "three", "four")
 PERIODS = {"one": 1, "two": 2, "four": 4, "never": 0}  # seconds
 LENGTHS = {"half": 0.5, "one": 1, "two": 2, "four": 4}  # seconds
 # Spaces before words: a word is one token wherever it stands.
-PROMPT = PromptFormat(option=" {text} ({letter})", reply=" {text}")
+PROMPT = PromptFormat(option=" {text}", reply=" {text}")
 STILLS = {  # share of each kind of image: where a thing is takes longest to learn
     "object": 0.4,
     "number": 0.2,
