@@ -38,6 +38,7 @@ from data_pipeline.tokenizer import train_sentencepiece
 
 STAGES = ("images", "warmup", "align", "vision", "sft")
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.py"
+UNFROZEN = "sft_unfrozen"
 PROGRESS = "progress.json"  # what is done, and the seconds it took
 
 console = Console()
@@ -52,11 +53,13 @@ class Demo:
     """One demo in its workdir.
 
     quick: a few scenes and steps, to see in a minute whether every part works; learns nothing.
+    unfrozen: also train the last stage with nothing frozen, for comparison.
     """
 
     workdir: Path
     config: Path = CONFIG
     quick: bool = False
+    unfrozen: bool = False
 
     def steps(self) -> dict[str, Callable[[], None]]:
         """What to do, in order."""
@@ -68,6 +71,14 @@ class Demo:
             "evaluate": self.evaluate,
             "export": self.export,
             "ask": self.ask,
+            **(self.without_freezing() if self.unfrozen else {}),
+        }
+
+    def without_freezing(self) -> dict[str, Callable[[], None]]:
+        """The last stage again with nothing frozen: what the paper's freezing gains or costs."""
+        return {
+            f"train {UNFROZEN}": lambda: self.train(UNFROZEN),
+            f"evaluate {UNFROZEN}": self.evaluate_unfrozen,
         }
 
     def render(self) -> None:
@@ -104,6 +115,11 @@ class Demo:
         samplings = ("fps", "uniform:24")
         evaluate(*trained, bench, self.workdir / "evaluation", samplings=samplings)
 
+    def evaluate_unfrozen(self) -> None:
+        bench = benchmark.load("apollobench_mini", self.workdir / "world")
+        trained = load(str(self.stage(UNFROZEN)))
+        evaluate(*trained, bench, self.workdir / "evaluation-unfrozen", modalities=["video"])
+
     def export(self) -> None:
         model, processor = load(str(self.stage("sft")))
         folder = self.workdir / "apollo-mini"
@@ -139,6 +155,7 @@ class Demo:
             ],
             evaluation=self.workdir / "evaluation",
             warmed_up=self.workdir / "evaluation-warmup",
+            unfrozen=self.workdir / "evaluation-unfrozen" if self.unfrozen else None,
             live=[LiveAnswer(**answer) for answer in live],
             seconds=seconds,
         )
@@ -279,9 +296,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a few steps of everything: checks, learns nothing"
     )
+    parser.add_argument(
+        "--unfrozen",
+        action="store_true",
+        help="also train the last stage with nothing frozen, for comparison (5 minutes more)",
+    )
     parser.add_argument("--config", type=Path, default=CONFIG, help="its stages (default: ours)")
     args = parser.parse_args(argv)
-    demo = Demo(args.workdir.absolute(), args.config, args.quick)
+    demo = Demo(args.workdir.absolute(), args.config, args.quick, args.unfrozen)
     use_all_cores(*(demo.experiment(stage).data.batch_size for stage in STAGES))
     try:
         numbers = run(demo, resume=args.resume)

@@ -60,6 +60,12 @@ STAGES = {
         "vision",
     ),
 }
+# The last stage with nothing frozen, for comparison: the encoders at a tenth, as in `vision`.
+STAGES["sft_unfrozen"] = (
+    *STAGES["sft"][:3],
+    LearningRates(vision_tower=2e-4, connector=2e-3, llm=2e-3),
+    "vision",
+)
 
 
 def get_config(arg: str = "images") -> ConfigDict:

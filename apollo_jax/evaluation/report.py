@@ -45,7 +45,8 @@ class Story:
 
     stages: Sequence[Stage]
     evaluation: Path  # of the trained model, an output folder of `evaluate`
-    warmed_up: Path | None  # the same before anything was frozen
+    warmed_up: Path | None  # the same before the paper's stages
+    unfrozen: Path | None  # the same with nothing frozen in the last stage
     live: Sequence[LiveAnswer]
     seconds: dict[str, float]  # step -> wall time
 
@@ -58,7 +59,7 @@ def write_report(out: Path, story: Story) -> dict:
     numbers = {
         "headline": _headline(results["runs"]),
         "rate_questions": _rate_questions(rows),
-        "freezing": _freezing(rows, story.warmed_up),
+        "freezing": _freezing(rows, story.warmed_up, story.unfrozen),
         "stages": {
             stage.name: {
                 "trains": stage.trains,
@@ -104,20 +105,23 @@ def _rate_questions(rows: dict[str, list[dict]]) -> dict | None:
     }
 
 
-def _freezing(rows: dict[str, list[dict]], warmed_up: Path | None) -> dict | None:
-    """Accuracy when everything trained, and after the stages that freeze parts."""
-    if warmed_up is None:
-        return None
+def _freezing(
+    rows: dict[str, list[dict]], warmed_up: Path | None, unfrozen: Path | None
+) -> dict | None:
+    """Accuracy after the stages that freeze parts, before them, and with nothing frozen."""
     run = next(iter(rows))
-    before, after = read_responses(warmed_up, run), rows[run]
-    return {
-        "run": run,
-        "warm-up": summarise(before)["temporal"],
-        "final": summarise(after)["temporal"],
-        "difference": paired_difference(
-            *([row for row in answers if row["temporal"]] for answers in (after, before))
-        ),
-    }
+    others = {"warm-up": warmed_up, "unfrozen": unfrozen}
+    if not any(others.values()):
+        return None
+    final = [row for row in rows[run] if row["temporal"]]
+    numbers = {"run": run, "final": summarise(rows[run])["temporal"], "difference": {}}
+    for name, folder in others.items():
+        if folder is not None:
+            answers = read_responses(folder, run)
+            numbers[name] = summarise(answers)["temporal"]
+            temporal = [row for row in answers if row["temporal"]]
+            numbers["difference"][name] = paired_difference(final, temporal)
+    return numbers
 
 
 def _curve(metrics: Path) -> list[tuple[float, float]]:

@@ -119,12 +119,25 @@ def _stages(numbers: dict, curves: Mapping[str, Curve]) -> str:
     )
     text = "<h2>Training</h2><p>Loss of each stage. "
     if freezing := numbers["freezing"]:
-        text += (
-            "Everything trains until the warm-up ends; the paper's stages, after it, freeze parts. "
-            f"Accuracy from video was {freezing['warm-up']['accuracy']:.1%} before them and is "
-            f"{freezing['final']['accuracy']:.1%} after them: {_points(freezing['difference'])}."
-        )
+        text += _freezing(freezing)
     return f'{text}</p><div class="pair">{cards}</div>'
+
+
+def _freezing(freezing: dict) -> str:
+    """The paper's stages against what came before, and against the last with nothing frozen."""
+    final, difference = f"{freezing['final']['accuracy']:.1%}", freezing["difference"]
+    text = "Everything trains until the warm-up ends; the paper's stages, after it, freeze parts."
+    if "warm-up" in freezing:
+        text += (
+            f" Accuracy from video was {freezing['warm-up']['accuracy']:.1%} before them, on "
+            f"captions alone, and is {final} after them: {_points(difference['warm-up'])}."
+        )
+    if "unfrozen" in freezing:
+        text += (
+            f" With nothing frozen in the last stage it is {freezing['unfrozen']['accuracy']:.1%}: "
+            f"the paper's freezing makes {_points(difference['unfrozen'])}."
+        )
+    return text
 
 
 def _live(live: Sequence[dict]) -> str:

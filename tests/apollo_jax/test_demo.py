@@ -87,8 +87,8 @@ def job(tmp_path_factory):
 def test_tokenizer_knows_whole_words(job):
     tokenizer = Tokenizer.from_path(job.workdir / "tokenizer.model")
     assert tokenizer.vocab_size <= job.experiment("warmup").model.llm.vocab_size
-    prompt = "Which color comes right before green?\n red (A)\n purple (B)"
-    words = "Which| color| comes| right| before| green|?|\n| red| (A)|\n| purple| (B)"
+    prompt = "Which color comes right before green?\n red\n purple"
+    words = "Which| color| comes| right| before| green|?|\n| red|\n| purple"
     assert [tokenizer.decode([i]) for i in tokenizer.encode(prompt)] == words.split("|")
     given = "You are provided the following series of two, 2 second clips from a 0:00:04 [H:MM:SS]"
     assert len(tokenizer.encode(given)) <= 32

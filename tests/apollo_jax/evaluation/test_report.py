@@ -56,6 +56,7 @@ def told(world, tmp_path_factory):
         stages=[Stage("align", "the connector", "all images", out / "metrics.jsonl")],
         evaluation=out / "final",
         warmed_up=out / "warm-up",
+        unfrozen=out / "warm-up",
         live=[LiveAnswer(row["video"], "What?\nx (A)\ny (B)", "<i>x (A)", "y (B)")],
         seconds={"world": 20.0, "train": 400.0},
     )
@@ -74,7 +75,9 @@ def test_numbers(told):
         "trains": "the connector", "data": "all images",
         "steps": 10, "first_loss": 2.5, "last_loss": 0.5,
     }  # fmt: skip
-    assert numbers["freezing"]["difference"]["difference"] == pytest.approx(0.25, abs=0.05)
+    for other in ("warm-up", "unfrozen"):
+        gain = numbers["freezing"]["difference"][other]["difference"]
+        assert gain == pytest.approx(0.25, abs=0.05)
 
 
 def test_rate_questions_are_blink_and_dur(told):
