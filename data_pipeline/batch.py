@@ -25,9 +25,7 @@ class Batch(NamedTuple):
     clip_segment_ids: np.ndarray  # i32[B, C], the segment a clip belongs to, 0 = none
 
 
-def empty_batch(
-    rows: int, length: int, clips: int, frames_per_clip: int, frame_size: int
-) -> Batch:
+def empty_batch(rows: int, length: int, clips: int, frames_per_clip: int, frame_size: int) -> Batch:
     """A batch that is all padding, to be filled in place (shapes as in `Batch`)."""
     row = (rows, length)
     return Batch(

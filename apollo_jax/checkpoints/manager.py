@@ -39,6 +39,8 @@ _ARRAYS = ocp.type_handlers.create_type_handler_registry(
 
 def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> None:
     """Put down what makes the folder readable on its own, config.json last and all at once."""
+    if jax.process_index() != 0:
+        return
     tokenizer.save(workdir / TOKENIZER)
     temporary = workdir / f"{CONFIG}.tmp"
     temporary.write_text(json.dumps(dataclasses.asdict(experiment), indent=2) + "\n")
@@ -66,7 +68,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, read_only: bool = False):
         self.workdir = Path(workdir).absolute()
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=jax.process_index() != 0)
         self.read_only = read_only
         self.options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,

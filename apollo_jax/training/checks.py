@@ -19,10 +19,13 @@ FREE = (
 )  # fmt: skip
 
 
-def continues(experiment: Experiment, workdir: Path) -> None:
-    """ValueError if `workdir` holds the run of a config that differs in more than FREE fields."""
+def continues(experiment: Experiment, workdir: Path) -> bool:
+    """Whether `workdir` holds this run already.
+
+    Raises ValueError if its run has a config that differs in more than FREE fields.
+    """
     if not manager.is_run(workdir):
-        return
+        return False
     changes = differences(manager.read_experiment(workdir), experiment)
     wrong = [c for c in changes if not any(fnmatch.fnmatch(c.split(": ")[0], f) for f in FREE)]
     if wrong:
@@ -32,6 +35,7 @@ def continues(experiment: Experiment, workdir: Path) -> None:
             "continue it with the config it has, or start in another --workdir "
             f"(config.init_from={workdir} takes over the weights)"
         )
+    return True
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:

@@ -41,12 +41,29 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
     parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument("--distributed", action="store_true", help="this is one of many processes")
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        default=os.environ.get("APOLLO_DISTRIBUTED"),
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="this is one of many processes; found out by itself on TPU pods, GKE and SLURM",
+    )
     args, rest = parser.parse_known_args(argv)
     experiment = load(args.config, parse_overrides(rest))
-    if args.distributed or os.environ.get("APOLLO_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+    if args.distributed:
+        _join(args.distributed)
     train(experiment, args.workdir)
+
+
+def _join(how: str) -> None:
+    if how == "auto":
+        return jax.distributed.initialize()
+    try:
+        address, count, index = how.split(",")
+        jax.distributed.initialize(address, int(count), int(index))
+    except ValueError:
+        raise ValueError(f"--distributed {how}: must be HOST:PORT,COUNT,INDEX or auto") from None
 
 
 def train(experiment: Experiment, workdir: Path) -> bool:
@@ -56,17 +73,19 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     starting weights that do not fit.
     """
     tokenizer = checks.tokenizer_of(experiment)
-    checks.continues(experiment, workdir)
+    begun = checks.continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.divides(experiment.data, mesh)
     loader = _open_loader(experiment.data, experiment.train.num_steps)
-    with jax.set_mesh(mesh):
+    console.quiet = jax.process_index() != 0
+    with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         shapes = {**program.abstract.params, **program.abstract.frozen}
         console.print(stages.start_up_table(shapes, experiment.optimizer.learning_rates))
-        step, state, data = _start(experiment, workdir, program)
+        step, state, data = _start(experiment, workdir if begun else None, program)
         if data is not None:
             loader.set_state(data)
+        multihost_utils.sync_global_devices("all have seen what the folder held")
         manager.write_run(workdir, experiment, tokenizer)
         run = Run(experiment, workdir, mesh, program, loader)
         return _loop(run, step, state)
@@ -89,7 +108,7 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
     with contextlib.ExitStack() as stack:
         log = MetricLog(run.workdir, start=start, num_steps=train.num_steps, every=train.log_every)
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
-        for resource in (run.loader, log, checkpoints):
+        for resource in (log, checkpoints):
             stack.enter_context(contextlib.closing(resource))
         stop = stack.enter_context(StopSignal())
         for step in range(start, train.num_steps + 1):
@@ -113,14 +132,14 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
 
 
 def _start(
-    experiment: Experiment, workdir: Path, program: Program
+    experiment: Experiment, begun: Path | None, program: Program
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
-    """(step, state, data iterator's state) of the latest checkpoint, or of a fresh start."""
-    if manager.is_run(workdir):
-        with contextlib.closing(manager.Checkpoints(workdir)) as checkpoints:
+    """(step, state, data iterator's state) of the latest checkpoint in `begun`, or at first."""
+    if begun is not None:
+        with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
             found = checkpoints.restore(program.abstract)
         if found is not None:
-            console.print(f"continuing {workdir} after step {found[0]}")
+            console.print(f"continuing {begun} after step {found[0]}")
             return found
     shapes = {**program.abstract.params, **program.abstract.frozen}
     weights, origin = initial_weights(experiment, shapes)
