@@ -27,6 +27,8 @@ def main() -> None:
         return
     try:
         run(command, rest)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if debug:
             raise

@@ -102,7 +102,8 @@ def table(c: Config, published_config: dict[str, Any]) -> Table:
         *weight(f"{BLOCK}.mlp.fc1", "layers.fc1", bias=True),
         *weight(f"{BLOCK}.mlp.fc2", "layers.fc2", bias=True),
     ]
-    return Table(tuple(rules), c.num_hidden_layers, tuple(unused))
+    # transformers 5 saves a tower alone without the prefix, and loads it with or without.
+    return Table(tuple(rules), c.num_hidden_layers, tuple(unused), prefix="vision_model.")
 
 
 def head_shapes(d: int, m: int) -> dict[str, tuple[int, ...]]:

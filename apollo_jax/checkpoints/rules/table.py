@@ -71,6 +71,7 @@ class Table:
     depth: int = 0
     unused: tuple[Unused, ...] = ()
     copies: dict[str, str] = field(default_factory=dict)  # optional tensor -> the one it equals
+    prefix: str = ""  # of the names, which some files leave out
 
 
 class Slot(NamedTuple):
@@ -115,6 +116,9 @@ def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
             out[key] = Slot(published, path if used else "", i, transform, alias.format(i=i))
     for group in table.unused:
         out |= {name: Slot(shape) for name, shape in group.shapes.items()}
+    for name, slot in out.items():
+        if table.prefix and not slot.alias:
+            out[name] = slot._replace(alias=name.removeprefix(table.prefix))
     missing = leaves.keys() - {slot.path for slot in out.values()}
     assert not missing, f"no rule for {sorted(missing)}"
     return out
