@@ -150,6 +150,7 @@ def loaded(model, monkeypatch):
 
 def run(monkeypatch, capsys, lines: list[str], *arguments: object) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    monkeypatch.setenv("COLUMNS", "1000")  # paths of any length stay on one line
     command.main([*map(str, arguments), "--max-new-tokens", "3"])
     return capsys.readouterr().out
 
