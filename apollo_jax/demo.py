@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 import apollo_jax
-from apollo_jax import config
+from apollo_jax import config, cpu
 from apollo_jax.config import Experiment
 from apollo_jax.evaluation import benchmark, scenes
 from apollo_jax.evaluation.apollobench_mini import DESCRIBE, write_world
@@ -304,6 +304,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--config", type=Path, default=CONFIG, help="its stages (default: ours)")
     args = parser.parse_args(argv)
     demo = Demo(args.workdir.absolute(), args.config, args.quick, args.unfrozen)
+    cpu.keep_freed_memory()
     use_all_cores(*(demo.experiment(stage).data.batch_size for stage in STAGES))
     try:
         numbers = run(demo, resume=args.resume)
