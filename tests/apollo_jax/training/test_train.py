@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from apollo_jax.checkpoints import manager
@@ -47,10 +49,15 @@ def test_learns_and_leaves_everything_behind(whole):
     assert ours.fingerprint == kept.fingerprint
 
 
-def start(world: Path, workdir: Path) -> subprocess.Popen:
+def start(world: Path, workdir: Path, *flags: str, devices: int = 8) -> subprocess.Popen:
     command = [sys.executable, "-m", "apollo_jax", "train", "--config", f"{TINY}:{world}"]
-    command += ["--workdir", str(workdir)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*command, "--workdir", str(workdir), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+    )
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
@@ -84,6 +91,23 @@ def test_goes_back_to_the_last_whole_checkpoint(whole, experiment, tmp_path, cap
     assert train(experiment(), copy)
     assert "going on from step 6" in " ".join(capsys.readouterr().err.split())
     assert losses(copy) == losses(whole)
+
+
+def test_two_processes_continue_the_run_of_one(world, whole, tmp_path):
+    """Each feeds its half of the rows to its four devices; the mean is over all."""
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / "00000008")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ("--config.evaluation.every=0", "--distributed")
+    both = [start(world, copy, *flags, f"localhost:{port},2,{i}", devices=4) for i in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    expected = [line[:2] for line in losses(whole) if line[0] > 6 and line[1]]
+    found = [line[:2] for line in losses(copy) if line[0] > 6]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert sorted(os.listdir(copy / "checkpoints")) == ["00000006", "00000008"]
 
 
 def test_another_config_is_refused(whole, experiment):
