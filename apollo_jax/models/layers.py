@@ -71,8 +71,8 @@ def linear(
 def dot_of_matrices(x: Array, kernel: Array, dimensions: Any, **kw: Any) -> Array:
     """[..., din] x [din, dout] with one leading axis.
 
-    With more of them, XLA's CPU backend transposes a copy of x for the gradient of the kernel, which
-    takes as long as the gradient itself.
+    With more of them, XLA's CPU backend transposes a copy of x for the gradient of the kernel,
+    which takes as long as the gradient itself.
     """
     del dimensions  # a linear's are always these
     y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kw)
