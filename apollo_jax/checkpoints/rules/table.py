@@ -21,10 +21,10 @@ MAX_LISTED = 30  # names of one kind in an error message
 
 @dataclass(frozen=True)
 class Transform:
-    """`ours` turns a published tensor into our layout, `published` turns it back."""
+    """`inward` turns a tensor of a file into our layout, `outward` turns it back."""
 
-    ours: Callable[[Any], Any]
-    published: Callable[[Any], Any]
+    inward: Callable[[Any], Any]
+    outward: Callable[[Any], Any]
 
 
 SAME = Transform(lambda x: x, lambda x: x)
@@ -108,7 +108,7 @@ def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
     for name, path, transform, alias in table.rules:
         stacked, shape = "{i}" in name, leaves[path].shape
         one = jax.ShapeDtypeStruct(shape[1:] if stacked else shape, np.float32)
-        published = jax.eval_shape(transform.published, one).shape
+        published = jax.eval_shape(transform.outward, one).shape
         for i in range(table.depth) if stacked else (None,):
             used = i is None or i < shape[0]
             key = name.format(i=i)
@@ -160,7 +160,7 @@ def to_ours(
         if slot.path:
             by_path.setdefault(slot.path, []).append((name, slot))
     for path, parts in by_path.items():
-        arrays = [slot.transform.ours(read(name)) for name, slot in parts]
+        arrays = [slot.transform.inward(read(name)) for name, slot in parts]
         stacked = parts[0][1].layer is not None
         yield path, np.stack(arrays) if stacked else arrays[0]
 
@@ -168,7 +168,7 @@ def to_ours(
 def to_published(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
     """The published tensor of a slot that has a parameter."""
     value = np.asarray(leaves[slot.path])
-    return slot.transform.published(value if slot.layer is None else value[slot.layer])
+    return slot.transform.outward(value if slot.layer is None else value[slot.layer])
 
 
 def _near(name: str, candidates: list[str]) -> str:
