@@ -58,7 +58,7 @@ class Config:
     @property
     def frame_size(self) -> int:
         """Side of the canvas that serves every encoder, in pixels."""
-        return max(t.image_size for t in self.towers.values())
+        return max(t.frame_spec.side for t in self.towers.values())
 
     @classmethod
     def _released(cls, llm: qwen2.Config) -> "Config":
