@@ -12,7 +12,7 @@ STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Filter -> largest difference in grey levels, and the largest share of pixels off by one level.
 ALLOWED = {
     "pil_bicubic": (1.01, 0.01),
-    "pil_bilinear": (1.01, 0.01),
+    "pil_bilinear": (1.01, 0.02),  # 52 to 24 gives many exact halves, which float32 misses
     "cv2_bilinear": (1.01, 0.15),
     "torch_bicubic": (1e-3, 0.0),
 }
