@@ -19,6 +19,7 @@ from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules.table import (
     Slot,
     parameters,
+    present,
     slots,
     spellings,
     to_ours,
@@ -139,9 +140,10 @@ def _load_part(folder: Path, config: layout.PartConfig, **kw: Any) -> Any:
 def _open_part(folder: Path, part: Any) -> tuple[dict[str, Slot], TensorFolder, Origin]:
     """What a published folder must hold for `part`, its tensors, and all it holds besides."""
     files, rules = companions.read(folder), layout.RULES[type(part)]
-    table = rules.table(part.config, companions.parse(files, companions.CONFIG, folder))
-    expected = slots(table, parameters(part))
     tensors = TensorFolder(folder)
+    table = rules.table(part.config, companions.parse(files, companions.CONFIG, folder))
+    table = present(table, tensors.stored)
+    expected = slots(table, parameters(part))
     shapes = {name: stored.shape for name, stored in tensors.stored.items()}
     names = spellings(table, expected, shapes, str(folder))
     for copy, of in table.copies.items():
@@ -255,14 +257,16 @@ def _save_part(
     held = dtype or next(iter(leaves.values())).dtype.name
     origin = getattr(part, "origin", None) or Origin(_fresh(part, held, tokenizer))
     config = companions.parse(origin.files, companions.CONFIG, folder)
-    table = rules.table(part.config, config)
+    table = present(rules.table(part.config, config), origin.names)
     expected = slots(table, leaves)
     names = origin.names or {name: name for name in [*expected, *table.copies]}
     of = {spelling: table.copies.get(name, name) for name, spelling in names.items()}
     tensors = {}
     for spelling, name in of.items():
         was = origin.stored.get(spelling, Stored(safetensors.SINGLE, (), held))
-        tensors[spelling] = was._replace(shape=expected[name].shape, dtype=dtype or was.dtype)
+        kept = not dtype or was.dtype.startswith("int")  # indices are no weights
+        stored = was._replace(shape=expected[name].shape)
+        tensors[spelling] = stored if kept else stored._replace(dtype=dtype)
     files = dict(origin.files)
     if dtype or max_shard_size or not origin.stored:
         tensors = safetensors.shard(tensors, max_shard_size or safetensors.MAX_SHARD_SIZE)

@@ -7,8 +7,8 @@ parameter takes, so that a folder can be checked to the last key and written bac
 """
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -57,10 +57,14 @@ class Rule(NamedTuple):
 
 
 class Unused(NamedTuple):
-    """Published tensors without a parameter, and why."""
+    """Published tensors without a parameter, and why; an optional group may be absent as a whole.
+
+    A fresh model is published without its optional groups.
+    """
 
     reason: str
     shapes: dict[str, Shape]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,17 @@ def parameters(module: nnx.Module) -> dict[str, Any]:
     """Dotted path -> array, or its shape if the module is abstract."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in flat}
+
+
+def present(table: Table, found: Collection[str]) -> Table:
+    """The table without the optional groups of which `found` has no tensor."""
+
+    def there(group: Unused) -> bool:
+        names = [*group.shapes, *(name.removeprefix(table.prefix) for name in group.shapes)]
+        return any(name in found for name in names)
+
+    unused = tuple(group for group in table.unused if not group.optional or there(group))
+    return replace(table, unused=unused)
 
 
 def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
