@@ -11,11 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from apollo_jax.models import internvideo2, siglip
+from apollo_jax.models import clip, internvideo2, languagebind, siglip
 from apollo_jax.sharding import constrain
 
-TowerConfig = siglip.Config | internvideo2.Config
-TOWERS = {"siglip": siglip.SigLIP, "internvideo2": internvideo2.InternVideo2}
+TowerConfig = siglip.Config | internvideo2.Config | clip.Config | languagebind.Config
+TOWERS = {
+    "siglip": siglip.SigLIP,
+    "internvideo2": internvideo2.InternVideo2,
+    "clip": clip.CLIP,
+    "languagebind": languagebind.LanguageBindVideo,
+}
 
 
 def common_grid(towers: dict[str, TowerConfig]) -> tuple[int, int, int]:

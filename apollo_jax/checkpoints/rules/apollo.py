@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from apollo_jax.checkpoints import companions
-from apollo_jax.checkpoints.rules import connector, internvideo2, qwen2, siglip
+from apollo_jax.checkpoints.rules import clip, connector, internvideo2, languagebind, qwen2, siglip
 from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.models.apollo import Config
-from apollo_jax.models.vision_tower import common_grid
+from apollo_jax.models.vision_tower import TowerConfig, common_grid
 
-PartConfig = siglip.Config | internvideo2.Config | connector.Config | qwen2.Config
+PartConfig = TowerConfig | connector.Config | qwen2.Config
 
 # model_type, or where that is missing the architecture, of one part -> its rules
 PARTS: dict[str, Any] = {
@@ -21,6 +21,12 @@ PARTS: dict[str, Any] = {
     "SiglipModel": siglip,
     "internvideo2": internvideo2,
     "PretrainInternVideo2": internvideo2,
+    "clip": clip,
+    "CLIPModel": clip,
+    "LanguageBindImage": clip,
+    "LanguageBindVideo": languagebind,
+    "clip_vision_model": languagebind,  # or CLIP's: it tells the two apart
+    "CLIPVisionModel": languagebind,
     "mm_connector": connector,
     "Connector": connector,
     "qwen2": qwen2,
@@ -49,14 +55,14 @@ def config(folder: Path) -> Config | PartConfig:
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{folder / TOWERS / companions.CONFIG}: vision_towers must list folders")
     parts = {name: part_config(folder / TOWERS / name) for name in names}
-    frames = [t.num_frames for t in parts.values() if isinstance(t, internvideo2.Config)]
+    frames = [getattr(t, "num_frames", 0) for t in parts.values()]
     try:
         return Config(
             towers={n: dataclasses.replace(t, feature_layer=layer) for n, t in parts.items()},
             connector=part_config(folder / CONNECTOR),
             llm=part_config(folder / LLM),
             clip_duration=fields["clip_duration"],
-            frames_per_clip=max(frames, default=Config.frames_per_clip),
+            frames_per_clip=max(frames) or Config.frames_per_clip,
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
