@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 / Qwen2.5 decoder (arXiv 2407.10671): GQA, RoPE, SwiGLU, tied or untied head.
+"""Qwen2 / Qwen2.5 / Qwen1.5 decoder (arXiv 2407.10671): GQA, RoPE, SwiGLU, tied or untied head.
 
 B batch, L new tokens, S cached positions, D stream, N query heads, K key/value heads, H head dim,
 V vocabulary, Y layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,11 @@ from apollo_jax.sharding import constrain
 
 @dataclass(frozen=True)
 class Config:
-    """Published fields of a Qwen2 config."""
+    """Published fields of a Qwen2 config.
+
+    The sizes are the chat models; the base models allow longer contexts, and those of 14B and more
+    have an rms_norm_eps of 1e-5.
+    """
 
     vocab_size: int = 151_936
     hidden_size: int = 2048
@@ -37,6 +41,16 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def qwen2p5_0p5b(cls) -> "Config":
+        """Qwen/Qwen2.5-0.5B-Instruct."""
+        return cls(
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+        )
 
     @classmethod
     def qwen2p5_1p5b(cls) -> "Config":
@@ -63,6 +77,70 @@ class Config:
             num_hidden_layers=28,
             num_attention_heads=28,
             num_key_value_heads=4,
+            tie_word_embeddings=False,
+        )
+
+    @classmethod
+    def qwen2p5_14b(cls) -> "Config":
+        """Qwen/Qwen2.5-14B-Instruct."""
+        return cls(
+            vocab_size=152_064,
+            hidden_size=5120,
+            intermediate_size=13_824,
+            num_hidden_layers=48,
+            num_attention_heads=40,
+            num_key_value_heads=8,
+            tie_word_embeddings=False,
+        )
+
+    @classmethod
+    def qwen2p5_32b(cls) -> "Config":
+        """Qwen/Qwen2.5-32B-Instruct."""
+        return replace(cls.qwen2p5_14b(), intermediate_size=27_648, num_hidden_layers=64)
+
+    @classmethod
+    def qwen2p5_72b(cls) -> "Config":
+        """Qwen/Qwen2.5-72B-Instruct."""
+        return cls(
+            vocab_size=152_064,
+            hidden_size=8192,
+            intermediate_size=29_568,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            tie_word_embeddings=False,
+        )
+
+    @classmethod
+    def qwen2_0p5b(cls) -> "Config":
+        """Qwen/Qwen2-0.5B-Instruct."""
+        return cls.qwen2p5_0p5b()
+
+    @classmethod
+    def qwen2_1p5b(cls) -> "Config":
+        """Qwen/Qwen2-1.5B-Instruct."""
+        return cls.qwen2p5_1p5b()
+
+    @classmethod
+    def qwen2_7b(cls) -> "Config":
+        """Qwen/Qwen2-7B-Instruct."""
+        return cls.qwen2p5_7b()
+
+    @classmethod
+    def qwen2_72b(cls) -> "Config":
+        """Qwen/Qwen2-72B-Instruct."""
+        return cls.qwen2p5_72b()
+
+    @classmethod
+    def qwen1p5_4b(cls) -> "Config":
+        """Qwen/Qwen1.5-4B-Chat: every query head has its own keys and values."""
+        return cls(
+            hidden_size=2560,
+            intermediate_size=6912,
+            num_hidden_layers=40,
+            num_attention_heads=20,
+            num_key_value_heads=20,
+            rope_theta=5e6,
             tie_word_embeddings=False,
         )
 

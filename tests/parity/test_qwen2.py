@@ -18,7 +18,9 @@ TOLERANCE = 2e-5
 KINDS = {
     "tied, grouped heads": dict(num_key_value_heads=2, tie_word_embeddings=True),
     "untied, one kv head": dict(num_key_value_heads=1, tie_word_embeddings=False, rope_theta=5e5),
-    "untied, all heads": dict(num_key_value_heads=4, tie_word_embeddings=False),
+    "untied, all heads (Qwen1.5)": dict(
+        num_key_value_heads=4, tie_word_embeddings=False, rope_theta=5e6
+    ),
 }
 
 

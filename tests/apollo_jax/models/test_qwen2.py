@@ -75,3 +75,28 @@ def test_an_untied_head_is_its_own_table(inputs, build):
     logits = untied.unembed(inputs)
     assert logits.dtype == jnp.float32
     np.testing.assert_allclose(logits, inputs @ untied.lm_head[...].T, atol=1e-5)
+
+
+# Tensor elements as the model pages count them.
+PUBLISHED = {
+    "qwen2p5_0p5b": 494_032_768,
+    "qwen2p5_1p5b": 1_543_714_304,
+    "qwen2p5_3b": 3_085_938_688,
+    "qwen2p5_7b": 7_615_616_512,
+    "qwen2p5_14b": 14_770_033_664,
+    "qwen2p5_32b": 32_763_876_352,
+    "qwen2p5_72b": 72_706_203_648,
+    "qwen2_0p5b": 494_032_768,
+    "qwen2_1p5b": 1_543_714_304,
+    "qwen2_7b": 7_615_616_512,
+    "qwen2_72b": 72_706_203_648,
+    "qwen1p5_4b": 3_950_369_280,
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size):
+    config = getattr(qwen2.Config, size)()
+    abstract = nnx.eval_shape(lambda: qwen2.Qwen2(config, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract))) == PUBLISHED[size]
+    assert config.head_dim * config.num_attention_heads == config.hidden_size
