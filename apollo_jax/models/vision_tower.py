@@ -11,15 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from apollo_jax.models import clip, internvideo2, languagebind, siglip
+from apollo_jax.models import clip, dinov2, internvideo2, languagebind, siglip
 from apollo_jax.sharding import constrain
 
-TowerConfig = siglip.Config | internvideo2.Config | clip.Config | languagebind.Config
+TowerConfig = (
+    siglip.Config | internvideo2.Config | clip.Config | languagebind.Config | dinov2.Config
+)
 TOWERS = {
     "siglip": siglip.SigLIP,
     "internvideo2": internvideo2.InternVideo2,
     "clip": clip.CLIP,
     "languagebind": languagebind.LanguageBindVideo,
+    "dinov2": dinov2.DINOv2,
 }
 
 

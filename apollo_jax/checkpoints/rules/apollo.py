@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from apollo_jax.checkpoints import companions
-from apollo_jax.checkpoints.rules import clip, connector, internvideo2, languagebind, qwen2, siglip
+from apollo_jax.checkpoints.rules import (
+    clip,
+    connector,
+    dinov2,
+    internvideo2,
+    languagebind,
+    qwen2,
+    siglip,
+)
 from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.models.apollo import Config
 from apollo_jax.models.vision_tower import TowerConfig, common_grid
@@ -27,6 +35,10 @@ PARTS: dict[str, Any] = {
     "LanguageBindVideo": languagebind,
     "clip_vision_model": languagebind,  # or CLIP's: it tells the two apart
     "CLIPVisionModel": languagebind,
+    "dinov2": dinov2,
+    "Dinov2Model": dinov2,
+    "dinov2_with_registers": dinov2,
+    "Dinov2WithRegistersModel": dinov2,
     "mm_connector": connector,
     "Connector": connector,
     "qwen2": qwen2,
