@@ -9,6 +9,7 @@ from typing import Any
 
 SUFFIXES = {".json", ".txt", ".py", ".md", ".model", ".jinja", ""}  # no suffix: LICENSE
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 
 Files = dict[str, bytes]
 

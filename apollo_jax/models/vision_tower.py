@@ -11,11 +11,27 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from apollo_jax.models import clip, dinov2, internvideo2, languagebind, siglip
+from apollo_jax.models import (
+    clip,
+    dinov2,
+    internvideo2,
+    languagebind,
+    siglip,
+    videomae,
+    vjepa,
+    vjepa2,
+)
 from apollo_jax.sharding import constrain
 
 TowerConfig = (
-    siglip.Config | internvideo2.Config | clip.Config | languagebind.Config | dinov2.Config
+    siglip.Config
+    | internvideo2.Config
+    | clip.Config
+    | languagebind.Config
+    | dinov2.Config
+    | videomae.Config
+    | vjepa.Config
+    | vjepa2.Config
 )
 TOWERS = {
     "siglip": siglip.SigLIP,
@@ -23,6 +39,9 @@ TOWERS = {
     "clip": clip.CLIP,
     "languagebind": languagebind.LanguageBindVideo,
     "dinov2": dinov2.DINOv2,
+    "videomae": videomae.VideoMAE,
+    "vjepa": vjepa.VJEPA,
+    "vjepa2": vjepa2.VJEPA2,
 }
 
 

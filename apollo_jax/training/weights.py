@@ -18,7 +18,13 @@ from apollo_jax.training.state import Arrays, Shapes, flatten, random_weights
 from data_pipeline.tokenizer import Tokenizer
 
 # Fields of a published part's config that its weights do not depend on.
-_LIMITS = ("max_position_embeddings", "model_max_length", "initializer_range", "feature_layer")
+_LIMITS = (
+    "max_position_embeddings",
+    "model_max_length",
+    "initializer_range",
+    "feature_layer",
+    "frames_per_clip",
+)
 
 
 def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:

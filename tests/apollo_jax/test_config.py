@@ -67,7 +67,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("--config.model.llm.tie_word_embeddings=maybe", "must be of type bool"),
         ("--config.train.dtype=float16", "known: 'float32', 'bfloat16'"),
         ("--config.optimizer=3", "is a group with the fields learning_rates, schedule"),
-        ("--config.model.towers.siglip.kind=vjepa", "known: siglip, internvideo2"),
+        ("--config.model.towers.siglip.kind=resnet", "known: siglip, internvideo2"),
         ("--config.model.towers.siglip.image_mean=1,2", "has 2 values, takes 3"),
         ("--config.data.frame_size=64", "config.data.frame_size is 64, the model takes 32"),
         ("--config.data.length=4096", "positions end at 1024"),

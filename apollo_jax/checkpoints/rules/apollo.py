@@ -14,12 +14,16 @@ from apollo_jax.checkpoints.rules import (
     languagebind,
     qwen2,
     siglip,
+    videomae,
+    vjepa,
+    vjepa2,
 )
 from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.models.apollo import Config
 from apollo_jax.models.vision_tower import TowerConfig, common_grid
 
 PartConfig = TowerConfig | connector.Config | qwen2.Config
+ONE_FEATURE = (vjepa.Config, vjepa2.Config)  # whatever mm_vision_select_layer says
 
 # model_type, or where that is missing the architecture, of one part -> its rules
 PARTS: dict[str, Any] = {
@@ -39,6 +43,14 @@ PARTS: dict[str, Any] = {
     "Dinov2Model": dinov2,
     "dinov2_with_registers": dinov2,
     "Dinov2WithRegistersModel": dinov2,
+    "videomae": videomae,
+    "VideoMAEModel": videomae,
+    "VideoMAEForPreTraining": videomae,
+    "VideoMAEForVideoClassification": videomae,
+    "vit": vjepa,
+    "vjepa": vjepa,
+    "vjepa2": vjepa2,
+    "VJEPA2Model": vjepa2,
     "mm_connector": connector,
     "Connector": connector,
     "qwen2": qwen2,
@@ -70,7 +82,7 @@ def config(folder: Path) -> Config | PartConfig:
     frames = [getattr(t, "num_frames", 0) for t in parts.values()]
     try:
         return Config(
-            towers={n: dataclasses.replace(t, feature_layer=layer) for n, t in parts.items()},
+            towers={n: _at_layer(t, layer) for n, t in parts.items()},
             connector=part_config(folder / CONNECTOR),
             llm=part_config(folder / LLM),
             clip_duration=fields["clip_duration"],
@@ -80,14 +92,21 @@ def config(folder: Path) -> Config | PartConfig:
         raise ValueError(f"{folder}: {error}") from None
 
 
+def _at_layer(tower: TowerConfig, layer: int) -> TowerConfig:
+    if isinstance(tower, ONE_FEATURE):
+        return tower
+    return dataclasses.replace(tower, feature_layer=layer)
+
+
 def part_config(folder: Path) -> Any:
     """The config of a folder with one tower, connector or decoder."""
     files = companions.read(folder)
     rules = PARTS.get(_kind(files, folder))
     if rules is None:
         raise ValueError(f"{folder} holds a whole Apollo where a part of one is expected")
-    names = [n for n in (companions.CONFIG, companions.PREPROCESSOR) if n in files]
-    return rules.config({n: companions.parse(files, n, folder) for n in names}, str(folder))
+    names = (companions.CONFIG, companions.PREPROCESSOR, companions.VIDEO_PREPROCESSOR)
+    said = {n: companions.parse(files, n, folder) for n in names if n in files}
+    return rules.config(said, str(folder))
 
 
 def _kind(files: companions.Files, folder: Path) -> str:
@@ -109,8 +128,8 @@ def _json(folder: Path) -> dict[str, Any]:
 def published(c: Config, parts: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:
     """The JSON files of a fresh model that belong to no single part, by path."""
     grid, llm = list(common_grid(c.towers)), parts[LLM]
-    layers = {t.feature_layer for t in c.towers.values()}
-    if len(layers) != 1:
+    layers = {t.feature_layer for t in c.towers.values() if not isinstance(t, ONE_FEATURE)}
+    if len(layers) > 1:
         raise ValueError(f"towers take different feature layers {layers}; the format knows one")
     vision = dict(
         auto_map=dict(AutoConfig="configuration_hybrid.HybridTowerConfig"),
@@ -141,7 +160,7 @@ def published(c: Config, parts: dict[str, dict[str, Any]], dtype: str) -> dict[s
             mm_connector_lr=None,
             mm_hidden_size=None,
             mm_vision_select_feature="patch",
-            mm_vision_select_layer=layers.pop(),
+            mm_vision_select_layer=max(layers, default=KNOWN["mm_vision_select_layer"]),
             model_dtype=f"torch.{dtype}",
             model_max_length=c.llm.model_max_length,
             model_type="apollo",

@@ -299,7 +299,7 @@ def test_a_tied_head_that_differs_is_refused(copy, edit):
         (f"{INTERNVIDEO2}/config.json", dict(use_fused_mlp=True), "use_fused_mlp is True"),
         (f"{SIGLIP}/preprocessor_config.json", dict(resample=2), "resample is 2, only 3"),
         (f"{SIGLIP}/preprocessor_config.json", dict(size=dict(height=9, width=9)), "size is"),
-        (f"{SIGLIP}/config.json", dict(model_type="vit", architectures=None), "'vit' is not known"),
+        (f"{SIGLIP}/config.json", dict(model_type="vgg", architectures=None), "'vgg' is not known"),
         ("vision_tower/config.json", dict(vision_towers=["siglip"]), "siglip is not a folder"),
         ("vision_tower/config.json", dict(vision_towers=None), "vision_towers must list"),
         ("config.json", dict(mm_vision_select_layer=None), "mm_vision_select_layer is None"),
