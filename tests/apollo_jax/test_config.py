@@ -53,7 +53,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
     assert e.data.frames == ("/a", "/b")
     assert e.data.sources["all"].path == "3"
     assert e.model.llm.tie_word_embeddings is False
-    assert e.model.towers["siglip"].image_mean == (0.1, 0.2, 0.3)
+    assert e.model.towers["siglip"].frame_spec.mean == (0.1, 0.2, 0.3)
     assert len(config.differences(load(), e)) == 6
 
 
