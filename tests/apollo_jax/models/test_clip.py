@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP and LanguageBind against what the published code computes from the fixtures' weights."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from apollo_jax.checkpoints.pretrained import from_pretrained
+from apollo_jax.checkpoints.rules import clip as clip_rules
+from apollo_jax.checkpoints.rules import languagebind as languagebind_rules
+from apollo_jax.config import from_dict, to_config
+from apollo_jax.models import apollo, clip, languagebind
+from apollo_jax.models.vision_tower import TOWERS, VisionTower, common_grid
+from data_pipeline.transforms import preprocess
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "encoders"
+IMAGE = ("clip-a", "languagebind-image-a")
+VIDEO = ("languagebind-video-a", "languagebind-video-v1-a")
+
+
+def arrays(name: str) -> dict:
+    """The fixture's arrays, pixels as [N, F, I, I, 3]."""
+    out = {}
+    for file in sorted((FIXTURES / name).glob("*.npz")):
+        with np.load(file) as z:
+            out |= dict(z)
+    axes = (0, 2, 3, 4, 1) if name in VIDEO else (0, 1, 3, 4, 2)
+    return {k: v.transpose(axes) if k.startswith("pixel") else v for k, v in out.items()}
+
+
+@pytest.fixture
+def tower_at(monkeypatch):
+    """tower_at("clip-a", layer): the fixture built up to another hidden state."""
+
+    def build(name: str, layer: int):
+        for rules in (clip_rules, languagebind_rules):
+
+            def config(files, where, published=rules.config):
+                return dataclasses.replace(published(files, where), feature_layer=layer)
+
+            monkeypatch.setattr(rules, "config", config)
+        return from_pretrained(FIXTURES / name)
+
+    return build
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3])
+@pytest.mark.parametrize("name", [*IMAGE, *VIDEO])
+def test_every_hidden_state(name, layer, tower_at, run, close):
+    z, tower = arrays(name), tower_at(name, layer)
+    x = jnp.asarray(z["pixel_values"])
+    expected = z["hidden_states"][:, :, 1:]
+    close(run(lambda tower, x: tower(x), tower, x).reshape(expected[0].shape), expected[layer])
+    if layer == -3:  # below the first layer
+        graphdef, state = nnx.split(tower)
+        state["layers"] = jax.tree.map(lambda leaf: leaf[:0], state["layers"])
+        none = run(lambda tower, x: tower(x), nnx.merge(graphdef, state), x)
+        close(none.reshape(expected[0].shape), expected[0])
+
+
+@pytest.mark.parametrize("name", [*IMAGE, *VIDEO])
+def test_features_of_clips_images_and_long_clips(name, run, close):
+    z, tower = arrays(name), from_pretrained(FIXTURES / name)
+    alone = nnx.eval_shape(lambda: VisionTower({"it": tower.config}, rngs=nnx.Rngs(0)))
+    alone.towers = nnx.List([tower])
+    alone.grid = z["features"].shape[1:4]  # as beside a video tower
+    pixels = {k: {"it": jnp.asarray(v)} for k, v in z.items() if k.startswith("pixel_values")}
+    assert len(pixels) == (3 if name in VIDEO else 1)
+    features = run(
+        lambda tower, pixels: {k: tower.features(x)["it"] for k, x in pixels.items()}, alone, pixels
+    )
+    for kind, value in features.items():
+        close(value, z[kind.replace("pixel_values", "features")])
+
+
+def test_video_towers_refuse_other_frame_counts():
+    def features(x):
+        return VisionTower({"it": tiny_video()}, rngs=nnx.Rngs(0))({"it": x})
+
+    with pytest.raises(ValueError, match="clips have 3 frames but the tower takes 4"):
+        jax.eval_shape(features, jnp.zeros((1, 3, 16, 16, 3)))
+
+
+def test_a_weight_lands_where_it_belongs():
+    tower = from_pretrained(FIXTURES / "languagebind-video-a")
+    tensors = load_file(FIXTURES / "languagebind-video-a" / "model.safetensors")
+    layer = "vision_model.encoder.layers.1"
+    np.testing.assert_array_equal(
+        tower.layers.time_attention.k.kernel[1], tensors[f"{layer}.temporal_attn.k_proj.weight"].T
+    )
+    np.testing.assert_array_equal(
+        tower.layers.time_embedding[1], tensors[f"{layer}.temporal_embedding"][0]
+    )
+    np.testing.assert_array_equal(
+        tower.layers.frame.attention.k.bias[1], tensors[f"{layer}.self_attn.k_proj.bias"]
+    )
+
+
+@pytest.mark.parametrize(("name", "levels"), [("clip-a", 0), ("languagebind-image-a", 0.01)])
+@pytest.mark.parametrize("video", [False, True])
+def test_pixels(name, levels, video):
+    name = {"clip-a": VIDEO[0], "languagebind-image-a": VIDEO[1]}[name] if video else name
+    z, spec = arrays(name), from_pretrained(FIXTURES / name).config.frame_spec
+    difference = np.abs(preprocess(z["video"], spec) - z["pixel_values"][0])
+    assert (difference * np.asarray(spec.std) * 255).max() <= (1e-3 if video else levels)
+
+
+# ---- in any Apollo
+
+
+def tiny_image(**kw) -> clip.Config:
+    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return clip.Config(**size, image_size=16, patch_size=8, **kw)
+
+
+def tiny_video(**kw) -> languagebind.Config:
+    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    return languagebind.Config(**size, image_size=16, patch_size=8, num_frames=4, **kw)
+
+
+def with_towers(**towers) -> apollo.Config:
+    """The debug model with other towers."""
+    debug = apollo.Config.debug(vocab_size=40)
+    width = sum(t.hidden_size for t in towers.values())
+    connector = dataclasses.replace(
+        debug.connector, vision_hidden_size=width, token_input_shape=common_grid(towers)
+    )
+    return dataclasses.replace(debug, towers=towers, connector=connector)
+
+
+SIGLIP = apollo.Config.debug().towers["siglip"]
+EXPERIMENTS = {
+    "clip alone": with_towers(clip=tiny_image()),
+    "languagebind alone": with_towers(languagebind=tiny_video()),
+    "languagebind-image with languagebind": with_towers(
+        image=tiny_image(hidden_act="gelu", resample="torch_bicubic"), video=tiny_video()
+    ),
+    "older languagebind with siglip": with_towers(video=tiny_video(clip_type="vl"), siglip=SIGLIP),
+}
+
+
+def encode(model, frames, geometry):
+    return model.encode_clips(frames, geometry)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_clips_become_visual_tokens(name, build, run):
+    config = EXPERIMENTS[name]
+    side = config.frame_size
+    frames = np.random.default_rng(0).integers(0, 256, (2, 4, side, side, 3), np.uint8)
+    geometry = jnp.array([[0, 0, side, side], [2, 0, side - 4, side]])
+    if "alone" in name:
+        model = nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
+        tokens = nnx.eval_shape(encode, model, frames, geometry)
+        assert tokens.shape == (2, 8, 96)
+        return
+    tokens = run(encode, build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0))), frames, geometry)
+    assert tokens.shape == (2, 8, 96)
+    assert np.isfinite(tokens).all()
+    assert not np.allclose(tokens[0], tokens[1])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_configs_survive_their_plain_form(name):
+    config = EXPERIMENTS[name]
+    assert from_dict(apollo.Config, to_config(config).to_dict()) == config
+
+
+def test_unknown_choices_are_refused():
+    with pytest.raises(ValueError, match="hidden_act is 'relu', supported are quick_gelu, gelu"):
+        clip.Config(hidden_act="relu")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="clip_type is 'new', supported are vl_new, vl"):
+        languagebind.Config(clip_type="new")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("tower", [tiny_image(), tiny_video(), tiny_video(clip_type="vl")])
+def test_a_fresh_tower_learns(tower):
+    """Gradients reach every parameter."""
+    graphdef, state = nnx.split(TOWERS[tower.kind](tower, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 16, 16, 3))
+    target = jax.random.normal(jax.random.key(1), (2, 4, 2, 2, 16))
+
+    def loss(state):
+        return jnp.mean(nnx.merge(graphdef, state)(x, remat="full") * target)
+
+    for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(state)):
+        flat = "k.bias" in jax.tree_util.keystr(path, simple=True, separator=".")
+        assert flat or np.abs(gradient).max() > 1e-6, path  # softmax does not see a key's bias
