@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """SigLIP image tower (arXiv 2303.15343), as Apollo uses it: patch features of an early layer.
 
+SigLIP 2 (arXiv 2502.14786) at a fixed resolution is the same tower; see `siglip2` for the other.
+
 N clips, F frames, P side of the patch grid, I image side (pixels), D stream, H head dim.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from apollo_jax.models import layers
 from data_pipeline.transforms import FrameSpec
@@ -32,11 +35,64 @@ class Config:
     feature_layer: int = -2  # hidden_states index; only the layers below it are built
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resample: str = "pil_bicubic"
 
     @classmethod
     def so400m_384(cls) -> "Config":
         """google/siglip-so400m-patch14-384."""
         return cls()
+
+    @classmethod
+    def base(cls, image_size: int = 224) -> "Config":
+        """google/siglip-base-patch16-{224,256,384,512}."""
+        return cls(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            image_size=image_size,
+            patch_size=16,
+        )
+
+    @classmethod
+    def large(cls, image_size: int = 256) -> "Config":
+        """google/siglip-large-patch16-{256,384}."""
+        return cls(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            image_size=image_size,
+            patch_size=16,
+        )
+
+    @classmethod
+    def siglip2_base(cls, image_size: int = 224) -> "Config":
+        """google/siglip2-base-patch16-{224,256,384,512}."""
+        return replace(cls.base(image_size), resample="pil_bilinear")
+
+    @classmethod
+    def siglip2_large(cls, image_size: int = 256) -> "Config":
+        """google/siglip2-large-patch16-{256,384,512}."""
+        return replace(cls.large(image_size), resample="pil_bilinear")
+
+    @classmethod
+    def siglip2_so400m(cls, image_size: int = 384, patch_size: int = 14) -> "Config":
+        """google/siglip2-so400m-patch14-{224,384} and -patch16-{256,384,512}."""
+        return cls(image_size=image_size, patch_size=patch_size, resample="pil_bilinear")
+
+    @classmethod
+    def siglip2_giant(cls, image_size: int = 384) -> "Config":
+        """google/siglip2-giant-opt-patch16-{256,384}."""
+        return cls(
+            hidden_size=1536,
+            intermediate_size=6144,
+            num_hidden_layers=40,
+            num_attention_heads=16,
+            image_size=image_size,
+            patch_size=16,
+            resample="pil_bilinear",
+        )
 
     @property
     def built_layers(self) -> int:
@@ -50,7 +106,7 @@ class Config:
 
     @property
     def frame_spec(self) -> FrameSpec:
-        return FrameSpec(self.image_size, self.image_mean, self.image_std, "pil_bicubic")
+        return FrameSpec(self.image_size, self.image_mean, self.image_std, self.resample)
 
 
 class Block(nnx.Module):
@@ -68,10 +124,12 @@ class Block(nnx.Module):
         self.fc1 = layers.linear(d, c.intermediate_size, ("embed", "mlp"), bias=True, **kw)
         self.fc2 = layers.linear(c.intermediate_size, d, ("mlp", "embed"), bias=True, **kw)
 
-    def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], None]:
+    def __call__(
+        self, x: Float[Array, "B S D"], mask: Bool[Array, "B 1 S"] | None = None
+    ) -> tuple[Float[Array, "B S D"], None]:
         h = self.norm1(x)
         q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        x = x + self.out(layers.attention(q, k, v).reshape(x.shape))
+        x = x + self.out(layers.attention(q, k, v, mask).reshape(x.shape))
         x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
         return x, None
 
@@ -102,6 +160,32 @@ class SigLIP(nnx.Module):
         x = x.reshape(n * f, self.side**2, -1) + self.positions[...].astype(self.dtype)
         x, _ = layers.fold(self.layers, x, remat=remat)
         return x.reshape(n, f, self.side, self.side, -1)
+
+
+def resized(tower: SigLIP, image_size: int) -> SigLIP:
+    """The tower for images of another size, its position table resampled as big_vision does.
+
+    It is a fresh model: what the folder it was loaded from holds besides stays behind.
+    """
+    c, table = replace(tower.config, image_size=image_size), tower.positions[...]
+    kw: Any = dict(dtype=tower.dtype, param_dtype=table.dtype)
+    out = nnx.eval_shape(lambda: SigLIP(c, rngs=nnx.Rngs(0), **kw))
+    state = nnx.state(tower)
+    state["positions"] = out.positions.replace(
+        jnp.asarray(resampled(np.asarray(table), c.grid[1]), table.dtype)
+    )
+    nnx.update(out, state)
+    return out
+
+
+def resampled(positions: Float[np.ndarray, "S*S D"], side: int) -> Float[np.ndarray, "P*P D"]:
+    """A position table for a grid of `side` patches: linear, corner on corner (big_vision)."""
+    before = math.isqrt(len(positions))
+    at = np.linspace(0, before - 1, side)
+    weights = np.maximum(0, 1 - np.abs(at[:, None] - np.arange(before)))
+    grid = positions.astype(np.float64).reshape(before, before, -1)
+    grid = np.einsum("ri,cj,ijd->rcd", weights, weights, grid, optimize=True)
+    return grid.reshape(side * side, -1).astype(positions.dtype)
 
 
 def patchify(pixels: Float[Array, "*b I I 3"], patch: int) -> Float[Array, "*b P P K"]:

@@ -17,6 +17,7 @@ from apollo_jax.models import (
     internvideo2,
     languagebind,
     siglip,
+    siglip2,
     videomae,
     vjepa,
     vjepa2,
@@ -32,6 +33,7 @@ TowerConfig = (
     | videomae.Config
     | vjepa.Config
     | vjepa2.Config
+    | siglip2.Config
 )
 TOWERS = {
     "siglip": siglip.SigLIP,
@@ -42,6 +44,7 @@ TOWERS = {
     "videomae": videomae.VideoMAE,
     "vjepa": vjepa.VJEPA,
     "vjepa2": vjepa2.VJEPA2,
+    "siglip2": siglip2.SigLIP2,
 }
 
 

@@ -44,7 +44,13 @@ def divided(foreign: Iterable[str], published: str, transform: Transform = SAME)
 
 def stacked(foreign: str, published: Iterable[str], transform: Transform = SAME) -> Link:
     """The foreign tensor has a leading axis of layers."""
-    return Link((foreign,), tuple(published), transform, stacked=True)
+    names = tuple(published)
+    if len(names) == 1:  # one for one, but for the axis
+        inward, outward = transform.inward, transform.outward
+        return rename(
+            foreign, *names, Transform(lambda x: inward(x[0]), lambda y: outward(y)[None])
+        )
+    return Link((foreign,), names, transform, stacked=True)
 
 
 @dataclass(frozen=True)
