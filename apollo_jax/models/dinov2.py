@@ -158,16 +158,21 @@ class DINOv2(nnx.Module):
         self, pixels: Float[Array, "N F I J 3"], *, remat: str = "none"
     ) -> Float[Array, "N F P Q D"]:
         n, f, height, width, _ = pixels.shape
+        x = self.embed(pixels.reshape(n * f, height, width, 3))
+        x, _ = layers.fold(self.layers, x, remat=remat)
+        rows, columns = height // self.config.patch_size, width // self.config.patch_size
+        return x[:, -rows * columns :].reshape(n, f, rows, columns, -1)
+
+    def embed(self, pixels: Float[Array, "B I J 3"]) -> Float[Array, "B 1+R+P*Q D"]:
+        """The first layer's input: CLS, registers (which have no positions), patches."""
+        b, height, width, _ = pixels.shape
         patches = self.patch_embed(patchify(pixels, self.config.patch_size).astype(self.dtype))
-        shape, d = patches.shape[:-1], patches.shape[-1]
         table = self.table(height, width).astype(self.dtype)
         first = self.cls_token[...].astype(self.dtype) + table[:1]
         if self.config.num_register_tokens:
             first = jnp.concatenate([first, self.registers[...].astype(self.dtype)])
-        first = jnp.broadcast_to(first, (n * f, *first.shape))
-        x = jnp.concatenate([first, patches.reshape(n * f, -1, d) + table[1:]], axis=1)
-        x, _ = layers.fold(self.layers, x, remat=remat)
-        return x[:, first.shape[1] :].reshape(*shape, d)
+        patches = patches.reshape(b, -1, patches.shape[-1]) + table[1:]
+        return jnp.concatenate([jnp.broadcast_to(first, (b, *first.shape)), patches], axis=1)
 
     def table(self, height: int, width: int) -> Float[Array, "1+P*Q D"]:
         """CLS's position and those of the patches of an image; interpolated in float32."""
