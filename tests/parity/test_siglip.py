@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 import apollo_jax
+from apollo_jax.checkpoints.rules import siglip as rules
+from apollo_jax.checkpoints.rules import table as tables
 from apollo_jax.models import apollo, siglip
 
 torch = pytest.importorskip("torch")
@@ -38,6 +40,15 @@ def randomised(model):
     for parameter in model.parameters():  # zero biases and unit gains would hide mistakes
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+RELEASED = {
+    "base": siglip.Config.base(512),
+    "large": siglip.Config.large(384),
+    "so400m": siglip.Config.so400m_384(),
+    "siglip2 so400m": siglip.Config.siglip2_so400m(512, 16),
+    "siglip2 giant": siglip.Config.siglip2_giant(),
+}
 
 
 def tower():
@@ -84,3 +95,16 @@ def test_features_and_the_way_back(make, tmp_path):
     assert not any(info.values())
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_sizes_to_the_last_name(name):
+    json = rules.published(RELEASED[name])["config.json"]
+    with torch.device("meta"):
+        theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**json))
+    expected = {
+        n.removeprefix("vision_model."): tuple(t.shape) for n, t in theirs.state_dict().items()
+    }
+    abstract = nnx.eval_shape(lambda: siglip.SigLIP(RELEASED[name], rngs=nnx.Rngs(0)))
+    slots = tables.slots(rules.table(RELEASED[name], json), tables.parameters(abstract))
+    assert {n.removeprefix("vision_model."): slot.shape for n, slot in slots.items()} == expected
