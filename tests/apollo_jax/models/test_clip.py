@@ -3,6 +3,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,15 +114,22 @@ def test_pixels(name, levels, video):
 
 # ---- in any Apollo
 
+SIZE: dict[str, Any] = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+)
+
 
 def tiny_image(**kw) -> clip.Config:
-    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    return clip.Config(**size, image_size=16, patch_size=8, **kw)
+    return clip.Config(**SIZE, **kw)
 
 
 def tiny_video(**kw) -> languagebind.Config:
-    size = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-    return languagebind.Config(**size, image_size=16, patch_size=8, num_frames=4, **kw)
+    return languagebind.Config(**SIZE, num_frames=4, **kw)
 
 
 def with_towers(**towers) -> apollo.Config:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from apollo_jax.checkpoints.rules import lora
 
-FIXTURE = Path(__file__).parents[2] / "fixtures" / "encoders" / "languagebind-video-v1-a"
+FIXTURE = Path(__file__).parents[3] / "fixtures" / "encoders" / "languagebind-video-v1-a"
 RANK, ALPHA = 4, 16
 
 
