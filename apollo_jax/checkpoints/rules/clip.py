@@ -4,6 +4,7 @@
 LanguageBind-Image is a CLIPModel that says of itself how it is trained, not how it is resampled.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from apollo_jax.checkpoints.rules.fields import defaults, take
@@ -243,3 +244,27 @@ def text_shapes(
         for name, shape in linears.items():
             shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
     return shapes
+
+
+def heads(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The fields of a config.json that speak of the tensors beside a tower."""
+    out: dict[str, Any] = {}
+    if "visual_projection.weight" in shapes:
+        out["projection_dim"] = shapes["visual_projection.weight"][0]
+    if "text_projection.weight" in shapes:
+        out["text_config"] = dict(hidden_size=shapes["text_projection.weight"][1])
+    words, table = (
+        shapes.get(f"text_model.embeddings.{name}_embedding.weight")
+        for name in ("token", "position")
+    )
+    fc1 = shapes.get("text_model.encoder.layers.0.mlp.fc1.weight")
+    if words and table and fc1:
+        text = [name for name in shapes if name.startswith("text_model.encoder.layers.")]
+        out["text_config"] = dict(
+            vocab_size=words[0],
+            hidden_size=words[1],
+            intermediate_size=fc1[0],
+            num_hidden_layers=len({name.split(".")[3] for name in text}),
+            max_position_embeddings=table[0],
+        )
+    return out

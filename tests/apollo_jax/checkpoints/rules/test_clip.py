@@ -284,3 +284,40 @@ def test_version_1_5_is_told_by_its_tube():
     tower = languagebind_rules.config({"config.json": said}, "f")
     assert isinstance(tower, languagebind.Config)
     assert tower.clip_type == "vl_new"
+
+
+# ---- files without a config.json
+
+
+@pytest.mark.parametrize("change", [with_text, flat, lambda *both: both])
+@pytest.mark.parametrize("name", VIDEO)
+def test_a_video_file_is_recognised(name, change, copy):
+    folder = copy(name, change)
+    tensors = load_file(folder / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = layout.config(folder)
+    assert isinstance(expected, languagebind.Config)
+    files = languagebind_rules.recognise(
+        shapes, dict(num_attention_heads=expected.num_attention_heads)
+    )
+    assert files is not None
+    assert languagebind_rules.config(files, "f") == expected
+    (folder / "config.json").write_text(json.dumps(files["config.json"]))
+    assert same(from_pretrained(folder), from_pretrained(FIXTURES / name))
+
+
+@pytest.mark.parametrize("name", [name for name in RELEASED if "Video" in name])
+def test_the_released_video_files_are_recognised(name):
+    folded = json.loads((FIXTURES / "clip_shapes.json").read_text())[name]
+    shapes = {n.format(i=i): tuple(s) for n, s in folded.items() for i in range(24)}
+    files = languagebind_rules.recognise(shapes, {})
+    assert files is not None
+    assert languagebind_rules.config(files, "f") == RELEASED[name]
+    assert files["config.json"]["projection_dim"] == 768
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_images_are_not_taken_for_videos(name):
+    tensors = load_file(FIXTURES / name / "model.safetensors")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert languagebind_rules.recognise(shapes, {}) is None
