@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """from_pretrained and save_pretrained: published folders to models and back, to the last bit."""
 
+import dataclasses
 import os
 import shutil
 import warnings
@@ -14,21 +15,34 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from apollo_jax.checkpoints import companions, safetensors
+from apollo_jax.checkpoints import checkpoint, companions
+from apollo_jax.checkpoints.checkpoint import tower_place
+from apollo_jax.checkpoints.opening import open_checkpoint, open_part, outside
 from apollo_jax.checkpoints.rules import apollo as layout
-from apollo_jax.checkpoints.rules.table import (
-    Slot,
-    parameters,
-    present,
-    slots,
-    spellings,
-    to_ours,
-    to_published,
+from apollo_jax.checkpoints.rules.table import parameters
+from apollo_jax.checkpoints.sources import Stored
+from apollo_jax.checkpoints.translate import Arrays
+from apollo_jax.models import (
+    apollo,
+    clip,
+    connectors,
+    dinov2,
+    internvideo2,
+    languagebind,
+    qwen2,
+    siglip,
+    siglip2,
 )
-from apollo_jax.checkpoints.safetensors import Stored, TensorFolder
-from apollo_jax.models import apollo, connectors, internvideo2, qwen2, siglip
 
-Part = siglip.SigLIP | internvideo2.InternVideo2 | connectors.Connector | qwen2.Qwen2
+Tower = (
+    siglip.SigLIP
+    | siglip2.SigLIP2
+    | internvideo2.InternVideo2
+    | clip.CLIP
+    | languagebind.LanguageBindVideo
+    | dinov2.DINOv2
+)
+Part = Tower | connectors.Connector | qwen2.Qwen2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,17 +73,15 @@ def from_pretrained(
     folder, kw = Path(path), dict(dtype=dtype, param_dtype=param_dtype)
     if _is_run(folder):
         return _load_run(folder, **kw)
-    config = layout.config(folder)
-    if not isinstance(config, apollo.Config):
-        return _load_part(folder, config, **kw)
+    opened = open_checkpoint(folder)
+    if not isinstance(opened.config, apollo.Config):
+        return _build(opened.parts[""], **kw)
+    config = opened.config
     model: Any = nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0), **kw))
-    towers = folder / layout.TOWERS
-    model.vision_tower.towers = nnx.List(
-        [_load_part(towers / name, tower, **kw) for name, tower in config.towers.items()]
-    )
-    model.connector = _load_part(folder / layout.CONNECTOR, config.connector, **kw)
-    model.llm = _load_part(folder / layout.LLM, config.llm, **kw)
-    model.origin = Origin(_companions(folder))
+    built = {place: _build(part, **kw) for place, part in opened.parts.items()}
+    model.vision_tower.towers = nnx.List([built[tower_place(i)] for i in range(len(config.towers))])
+    model.connector, model.llm = built["connector"], built["llm"]
+    model.origin = Origin(opened.files)
     return model
 
 
@@ -122,44 +134,23 @@ def save_pretrained(
 # ---- reading
 
 
-def _load_part(folder: Path, config: layout.PartConfig, **kw: Any) -> Any:
-    module = layout.RULES_BY_CONFIG[type(config)].MODEL
-    model = nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **kw))
-    expected, tensors, origin = _open_part(folder, model)
+def _build(part: checkpoint.Part, **kw: Any) -> Any:
+    """The module of a part, its weights on one device."""
+    module = layout.RULES_BY_CONFIG[type(part.config)].MODEL
+    model = nnx.eval_shape(lambda: module(part.config, rngs=nnx.Rngs(0), **kw))
     graphdef, state = nnx.split(model)
-    flat = dict(zip(parameters(model), nnx.to_flat_state(state), strict=True))
-    loaded = []
-    for path, array in to_ours(expected, lambda name: tensors[origin.names[name]]):
-        key, leaf = flat[path]
-        loaded.append((key, leaf.replace(jnp.asarray(array, leaf.dtype))))
+    loaded = [
+        (key, leaf.replace(jnp.asarray(part.ours.read(path), leaf.dtype)))
+        for path, (key, leaf) in zip(parameters(model), nnx.to_flat_state(state), strict=True)
+    ]
     model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
-    model.origin = origin
+    model.origin = _origin(part)
     return model
 
 
-def _open_part(folder: Path, part: Any) -> tuple[dict[str, Slot], TensorFolder, Origin]:
-    """What a published folder must hold for `part`, its tensors, and all it holds besides."""
-    files, rules = companions.read(folder), layout.RULES[type(part)]
-    tensors = TensorFolder(folder)
-    table = rules.table(part.config, companions.parse(files, companions.CONFIG, folder))
-    table = present(table, tensors.stored)
-    expected = slots(table, parameters(part))
-    shapes = {name: stored.shape for name, stored in tensors.stored.items()}
-    names = spellings(table, expected, shapes, str(folder))
-    for copy, of in table.copies.items():
-        if copy in names and not _same_bits(tensors[copy], tensors[names[of]]):
-            raise ValueError(
-                f"{folder}: {copy} differs from {of}, to which the config ties it; "
-                "set tie_word_embeddings to false to keep both"
-            )
-    unused = {name: tensors[names[name]] for name, slot in expected.items() if not slot.path}
-    return expected, tensors, Origin(files, names, tensors.stored, unused)
-
-
-def _companions(folder: Path) -> companions.Files:
-    """The files of an Apollo folder that belong to none of its parts."""
-    towers = companions.read(folder / layout.TOWERS)
-    return companions.read(folder) | {f"{layout.TOWERS}/{n}": file for n, file in towers.items()}
+def _origin(part: checkpoint.Part) -> Origin:
+    unused = {n: part.tensors.read(n) for n, slot in part.slots.items() if not slot.path}
+    return Origin(part.files, part.names, part.stored, unused)
 
 
 def _is_run(folder: Path) -> bool:
@@ -204,7 +195,7 @@ def _adopt(model: Any, experiment: Any) -> None:
     towers = dict(zip(model.config.towers, model.vision_tower.towers, strict=True))
     if whole and _is_there(whole):
         folder = Path(whole)
-        model.origin = Origin(_companions(folder))
+        model.origin = Origin(outside(folder))
         began = [(tower, folder / layout.TOWERS / name) for name, tower in towers.items()]
         began += [(model.connector, folder / layout.CONNECTOR), (model.llm, folder / layout.LLM)]
     else:
@@ -212,7 +203,7 @@ def _adopt(model: Any, experiment: Any) -> None:
         began += [(model.connector, Path(parts.connector)), (model.llm, Path(parts.llm))]
         began = [(part, path) for part, path in began if path != Path() and _is_there(path)]
     for part, folder in began:
-        part.origin = _open_part(folder, part)[-1]
+        part.origin = _origin(open_part(folder, part.config))
 
 
 def _is_there(path: str | Path) -> bool:
@@ -253,39 +244,17 @@ def _save_part(
     part: Any, folder: Path, *, dtype: str | None, tokenizer: Any, max_shard_size: Any
 ) -> dict[str, Any]:
     """Write one part; its config.json."""
-    rules, leaves = layout.RULES[type(part)], parameters(part)
+    leaves = parameters(part)
     held = dtype or next(iter(leaves.values())).dtype.name
     origin = getattr(part, "origin", None) or Origin(_fresh(part, held, tokenizer))
-    config = companions.parse(origin.files, companions.CONFIG, folder)
-    table = present(rules.table(part.config, config), origin.names)
-    expected = slots(table, leaves)
-    names = origin.names or {name: name for name in [*expected, *table.copies]}
-    of = {spelling: table.copies.get(name, name) for name, spelling in names.items()}
-    tensors = {}
-    for spelling, name in of.items():
-        was = origin.stored.get(spelling, Stored(safetensors.SINGLE, (), held))
-        kept = not dtype or was.dtype.startswith("int")  # indices are no weights
-        stored = was._replace(shape=expected[name].shape)
-        tensors[spelling] = stored if kept else stored._replace(dtype=dtype)
-    files = dict(origin.files)
-    if dtype or max_shard_size or not origin.stored:
-        tensors = safetensors.shard(tensors, max_shard_size or safetensors.MAX_SHARD_SIZE)
-        files.pop(safetensors.INDEX, None)
-        if len({stored.file for stored in tensors.values()}) > 1:
-            files[safetensors.INDEX] = safetensors.index(tensors)
-
-    def get(spelling: str) -> np.ndarray:
-        slot = expected[of[spelling]]
-        if slot.path:
-            return to_published(slot, leaves)
-        zeros = np.zeros(slot.shape, np.float32)
-        return origin.unused.get(of[spelling], zeros)
-
-    companions.write(folder, files if dtype is None else companions.state_dtype(files, dtype))
-    safetensors.write(folder, tensors, get)
+    whole = checkpoint.part_of_weights(
+        part.config, origin.files, Arrays(leaves), Arrays(origin.unused), origin.names
+    )
+    whole = dataclasses.replace(whole, stored=origin.stored)
+    checkpoint.write_part(folder, whole, dtype=dtype, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save(folder)
-    return config
+    return companions.parse(origin.files, companions.CONFIG, folder)
 
 
 def _fresh(part: Any, dtype: str, tokenizer: Any) -> companions.Files:
@@ -297,10 +266,6 @@ def _fresh(part: Any, dtype: str, tokenizer: Any) -> companions.Files:
     extra = {"config.json": ids | dict(torch_dtype=dtype), "generation_config.json": ids}
     published = layout.RULES[type(part)].published(part.config)
     return {n: companions.dump(content | extra.get(n, {})) for n, content in published.items()}
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a.view(np.uint8), b.view(np.uint8))
 
 
 def _replace(finished: Path, target: Path) -> None:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of safetensors: one file, or shards with an index."""
 
+import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes  # noqa: F401  teaches numpy the name bfloat16
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from apollo_jax.checkpoints.sources import Extent, RawFiles, Source, Stored, blocks
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -31,20 +32,8 @@ DTYPES = {
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
-class Stored(NamedTuple):
-    """One tensor on disk."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
-
-
-class TensorFolder:
-    """The tensors of a folder: `stored` describes them all, indexing reads one.
+class TensorFolder(RawFiles):
+    """The tensors of a folder: `stored` describes them all, `read` reads one or a part of it.
 
     Raises FileNotFoundError if the folder has no weights, ValueError naming the file if one is
     truncated, corrupt, or disagrees with the index.
@@ -52,36 +41,78 @@ class TensorFolder:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        self._open = {name: _open(self.path / name) for name in _files(self.path)}
-        self.stored: dict[str, Stored] = {}
-        for file, handle in self._open.items():
-            for name in handle.keys():  # noqa: SIM118  the handle is no dict
-                if name in self.stored:
-                    other = self.stored[name].file
+        stored: dict[str, Stored] = {}
+        extents: dict[str, Extent] = {}
+        for file in _files(self.path):
+            for name, (tensor, extent) in _tensors(self.path / file).items():
+                if name in stored:
+                    other = stored[name].file
                     raise ValueError(f"{self.path}: {name} is in both {other} and {file}")
-                part = handle.get_slice(name)
-                kind = part.get_dtype()
-                if kind not in DTYPES:
-                    raise ValueError(f"{self.path / file}: {name} has unsupported dtype {kind}")
-                self.stored[name] = Stored(file, tuple(part.get_shape()), DTYPES[kind])
-        _check_index(self.path, {name: s.file for name, s in self.stored.items()})
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._open[self.stored[name].file].get_tensor(name)
+                stored[name], extents[name] = dataclasses.replace(tensor, file=file), extent
+        _check_index(self.path, {name: s.file for name, s in stored.items()})
+        super().__init__(stored, extents)
 
 
-def write(path: Path, tensors: Mapping[str, Stored], get: Callable[[str], np.ndarray]) -> None:
-    """Write the files that `tensors` names, one at a time in memory."""
+def open_file(path: Path) -> RawFiles:
+    """The tensors of one file."""
+    found = _tensors(path)
+    return RawFiles({n: t for n, (t, _) in found.items()}, {n: e for n, (_, e) in found.items()})
+
+
+def _tensors(path: Path) -> dict[str, tuple[Stored, Extent]]:
+    try:
+        with safe_open(path, framework="np"):  # checks the whole header
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupt: {error}; copy it again") from error
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    unsupported = [f"{n} has {t['dtype']}" for n, t in header.items() if t["dtype"] not in DTYPES]
+    if unsupported:
+        raise ValueError(f"{path}: unsupported dtypes: {', '.join(unsupported[:20])}")
+    return {
+        name: (
+            Stored(path.name, tuple(tensor["shape"]), DTYPES[tensor["dtype"]]),
+            Extent(path, 8 + size + tensor["data_offsets"][0]),
+        )
+        for name, tensor in header.items()
+    }
+
+
+def write(folder: Path, source: Source) -> None:
+    """Write the files that `source.stored` names, block by block."""
     files: dict[str, list[str]] = {}
-    for name, stored in tensors.items():
+    for name, stored in source.stored.items():
         files.setdefault(stored.file, []).append(name)
     for file, names in files.items():
-        # save_file would write the memory of a transposed view in its own order
-        content = {
-            name: np.ascontiguousarray(get(name).astype(tensors[name].dtype, copy=False))
-            for name in names
-        }
-        save_file(content, path / file, metadata={"format": "pt"})
+        with open(folder / file, "wb") as out:
+            out.write(_header({name: source.stored[name] for name in names}))
+            for name in _by_alignment(names, source.stored):
+                for block in blocks(source, name):
+                    out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+
+
+def _by_alignment(names: list[str], stored: Mapping[str, Stored]) -> list[str]:
+    """The library's order: wide types first, so that all are aligned; then by name."""
+    return sorted(names, key=lambda name: (-np.dtype(stored[name].dtype).itemsize, name))
+
+
+def _header(tensors: Mapping[str, Stored]) -> bytes:
+    names = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in _by_alignment(list(tensors), tensors):
+        tensor = tensors[name]
+        if tensor.dtype not in names:
+            raise ValueError(f"{name} is {tensor.dtype}, which safetensors cannot hold")
+        ends = [offset, offset + tensor.nbytes]
+        header[name] = dict(dtype=names[tensor.dtype], shape=tensor.shape, data_offsets=ends)
+        offset = ends[1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def index(tensors: Mapping[str, Stored]) -> bytes:
@@ -105,7 +136,10 @@ def shard(tensors: Mapping[str, Stored], max_size: str | int) -> dict[str, Store
         n: SINGLE if number == 1 else f"model-{n:05d}-of-{number:05d}.safetensors"
         for n in range(1, number + 1)
     }
-    return {name: stored._replace(file=files[numbers[name]]) for name, stored in tensors.items()}
+    return {
+        name: dataclasses.replace(stored, file=files[numbers[name]])
+        for name, stored in tensors.items()
+    }
 
 
 def parse_size(size: str | int) -> int:
@@ -116,6 +150,11 @@ def parse_size(size: str | int) -> int:
     if not match or match[2] not in UNITS:
         raise ValueError(f"size {size!r} is not like '5GB', '200MB' or '1GiB'")
     return int(match[1]) * UNITS[match[2]]
+
+
+def is_there(path: Path) -> bool:
+    """Whether a folder has safetensors under the published names."""
+    return (path / INDEX).is_file() or (path / SINGLE).is_file()
 
 
 def _files(path: Path) -> list[str]:
@@ -138,13 +177,6 @@ def _weight_map(path: Path) -> dict[str, str]:
         return json.loads((path / INDEX).read_text())["weight_map"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or corrupt: {error}; copy it again") from error
 
 
 def _check_index(path: Path, found: dict[str, str]) -> None:

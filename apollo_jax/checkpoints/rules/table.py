@@ -7,7 +7,7 @@ parameter takes, so that a folder can be checked to the last key and written bac
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,19 +16,33 @@ import numpy as np
 from flax import nnx
 
 Shape = tuple[int, ...]
+UNBUILT = "features are taken below this layer"
 MAX_LISTED = 30  # names of one kind in an error message
 
 
 @dataclass(frozen=True)
 class Transform:
-    """`inward` turns a tensor of a file into our layout, `outward` turns it back."""
+    """`inward` turns a tensor of a file into our layout, `outward` turns it back.
+
+    swap: an index of either side -> the same elements on the other, if that is an index too.
+    """
 
     inward: Callable[[Any], Any]
     outward: Callable[[Any], Any]
+    swap: Callable[[tuple[slice, ...]], tuple[slice, ...]] | None = None
 
 
-SAME = Transform(lambda x: x, lambda x: x)
-TRANSPOSE = Transform(lambda x: x.T, lambda x: x.T)  # [out, in] <-> [in, out]
+def _same(x: Any) -> Any:
+    return x
+
+
+def _transpose(x: Any) -> Any:
+    return x.T
+
+
+SAME = Transform(_same, _same, lambda index: index)
+# [out, in] <-> [in, out]
+TRANSPOSE = Transform(_transpose, _transpose, lambda index: index[::-1])
 
 
 def squeeze(axes: int) -> Transform:
@@ -79,13 +93,14 @@ class Table:
 
 
 class Slot(NamedTuple):
-    """Where a published tensor lives: a parameter, one layer of it, or nowhere (no path)."""
+    """Where a published tensor lives: a parameter, a layer of one, or nowhere for a reason."""
 
     shape: Shape
     path: str = ""
     layer: int | None = None
     transform: Transform = SAME
     alias: str = ""
+    reason: str = ""
 
 
 def weight(name: str, path: str, *, bias: bool = False, how: Transform = TRANSPOSE) -> list[Rule]:
@@ -128,9 +143,12 @@ def slots(table: Table, leaves: Mapping[str, Any]) -> dict[str, Slot]:
             used = i is None or i < shape[0]
             key = name.format(i=i)
             assert key not in out, f"two rules for {key}"
-            out[key] = Slot(published, path if used else "", i, transform, alias.format(i=i))
+            reason = "" if used else UNBUILT
+            out[key] = Slot(
+                published, path if used else "", i, transform, alias.format(i=i), reason
+            )
     for group in table.unused:
-        out |= {name: Slot(shape) for name, shape in group.shapes.items()}
+        out |= {name: Slot(shape, reason=group.reason) for name, shape in group.shapes.items()}
     for name, slot in out.items():
         if table.prefix and not slot.alias:
             out[name] = slot._replace(alias=name.removeprefix(table.prefix))
@@ -152,38 +170,28 @@ def spellings(
     }
     shapes = {stored: expected[name].shape for name, stored in names.items()}
     shapes |= {copy: shapes[of] for copy, of in table.copies.items() if copy in found}
-    missing = [name for name in shapes if name not in found]
-    unknown = [name + _near(name, missing) for name in found if name not in shapes]
-    misshaped = [
-        f"{name} {tuple(found[name])}, the config gives {tuple(shape)}"
-        for name, shape in shapes.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    kinds = {"unknown": unknown, "missing": missing, "mis-shaped": misshaped}
-    problems = [f"\n  {kind} ({len(v)}):{_listed(v)}" for kind, v in kinds.items() if v]
-    if problems:
-        raise ValueError(f"{where}: the tensors do not fit the config{''.join(problems)}")
+    misfit(
+        where,
+        unknown=[name for name in found if name not in shapes],
+        missing=[name for name in shapes if name not in found],
+        misshaped=[
+            f"{name} {tuple(found[name])}, the config gives {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    )
     return names | {c: c for c in table.copies if c in found}
 
 
-def to_ours(
-    expected: Mapping[str, Slot], read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, our array), one parameter after the other; `read` gives a published tensor."""
-    by_path: dict[str, list[tuple[str, Slot]]] = {}
-    for name, slot in expected.items():
-        if slot.path:
-            by_path.setdefault(slot.path, []).append((name, slot))
-    for path, parts in by_path.items():
-        arrays = [slot.transform.inward(read(name)) for name, slot in parts]
-        stacked = parts[0][1].layer is not None
-        yield path, np.stack(arrays) if stacked else arrays[0]
-
-
-def to_published(slot: Slot, leaves: Mapping[str, Any]) -> np.ndarray:
-    """The published tensor of a slot that has a parameter."""
-    value = np.asarray(leaves[slot.path])
-    return slot.transform.outward(value if slot.layer is None else value[slot.layer])
+def misfit(
+    where: str, *, unknown: list[str], missing: list[str], misshaped: list[str] | None = None
+) -> None:
+    """Raise one ValueError that lists all of them, if there are any."""
+    unknown = [name + _near(name, missing) for name in unknown]
+    kinds = {"unknown": unknown, "missing": missing, "mis-shaped": misshaped or []}
+    problems = [f"\n  {kind} ({len(v)}):{_listed(v)}" for kind, v in kinds.items() if v]
+    if problems:
+        raise ValueError(f"{where}: the tensors do not fit the config{''.join(problems)}")
 
 
 def _near(name: str, candidates: list[str]) -> str:

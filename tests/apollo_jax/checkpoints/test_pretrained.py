@@ -297,7 +297,7 @@ def test_a_tied_head_that_differs_is_refused(copy, edit):
         ("mm_connector/config.json", dict(resampler_type="q-former"), "known: perciver, avg"),
         ("mm_connector/config.json", dict(vision_hidden_size=81), "the parts give 80"),
         (f"{INTERNVIDEO2}/config.json", dict(use_fused_mlp=True), "use_fused_mlp is True"),
-        (f"{SIGLIP}/preprocessor_config.json", dict(resample=2), "resample is 2, only 3"),
+        (f"{SIGLIP}/preprocessor_config.json", dict(resample=1), "resample is 1"),
         (f"{SIGLIP}/preprocessor_config.json", dict(size=dict(height=9, width=9)), "size is"),
         (f"{SIGLIP}/config.json", dict(model_type="vgg", architectures=None), "'vgg' is not known"),
         ("vision_tower/config.json", dict(vision_towers=["siglip"]), "siglip is not a folder"),
@@ -322,7 +322,7 @@ def test_a_wrong_config_is_refused_by_file_and_field(file, change, message, copy
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("", "has no config.json .it holds nothing"), ("nowhere", "nowhere is not a folder")],
+    [("", "has no config.json .* .it holds nothing"), ("nowhere", "nowhere does not exist")],
 )
 def test_a_wrong_path_is_refused(path, message, tmp_path):
     with pytest.raises(FileNotFoundError, match=message):

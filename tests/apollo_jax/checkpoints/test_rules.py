@@ -17,6 +17,7 @@ from apollo_jax.checkpoints.rules import internvideo2, qwen2, siglip
 from apollo_jax.checkpoints.rules import table as tables
 from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.checkpoints.rules.table import Rule, Table, Unused
+from apollo_jax.checkpoints.translate import Arrays, Renamed, to_ours, to_published
 from apollo_jax.models import apollo
 
 SHAPES = Path(__file__).parents[2] / "fixtures" / "param_shapes.json.gz"
@@ -93,8 +94,9 @@ def random_tables(draw):
 
 def publish(table, leaves):
     slots = tables.slots(table, leaves)
+    published = to_published(Arrays(leaves), slots)
     return slots, {
-        name: tables.to_published(slot, leaves) if slot.path else np.zeros(slot.shape)
+        name: published.read(name) if slot.path else np.zeros(slot.shape)
         for name, slot in slots.items()
     }
 
@@ -111,10 +113,11 @@ def test_a_random_tree_survives_and_damage_does_not(drawn, data):
     tensors |= {copy: tensors[of] for copy, of in table.copies.items() if of in tensors}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names = tables.spellings(table, slots, shapes, "folder")
-    back = dict(tables.to_ours(slots, lambda name: tensors[names[name]]))
-    assert back.keys() == leaves.keys()
+    back = to_ours(Renamed(Arrays(tensors), names), slots)
+    assert back.stored.keys() == leaves.keys()
     for path, leaf in leaves.items():
-        np.testing.assert_array_equal(back[path], leaf)
+        assert back.stored[path].shape == leaf.shape
+        np.testing.assert_array_equal(back.read(path), leaf)
 
     victim = data.draw(
         st.sampled_from([name for name in names.values() if name not in table.copies])

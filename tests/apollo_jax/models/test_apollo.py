@@ -12,7 +12,8 @@ from flax import nnx
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import apollo as layout
-from apollo_jax.checkpoints.rules.table import parameters, slots, to_published
+from apollo_jax.checkpoints.rules.table import parameters, slots
+from apollo_jax.checkpoints.translate import Arrays, to_published
 from apollo_jax.models import apollo
 
 GRAD_FOLDERS = {  # how the official module tree spells the parts
@@ -67,7 +68,8 @@ def gradients(model, official, forward):
     for name, part in (parts | {"mm_connector": grads.connector, "llm": grads.llm}).items():
         rules, leaves = layout.RULES[type(part)], parameters(part)
         table = slots(rules.table(part.config, rules.published(part.config)["config.json"]), leaves)
-        out[name] = {n: to_published(slot, leaves) for n, slot in table.items() if slot.path}
+        tensors = to_published(Arrays(leaves), table)
+        out[name] = {n: tensors.read(n) for n in tensors.stored}
     return out
 
 

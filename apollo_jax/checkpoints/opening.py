@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening checkpoints: published folders, and files whose layout only their tensors tell."""
+
+import fnmatch
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from apollo_jax.checkpoints import companions, safetensors
+from apollo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    Part,
+    Use,
+    published_part,
+    shapes,
+    tower_place,
+)
+from apollo_jax.checkpoints.rules import apollo as layout
+from apollo_jax.checkpoints.rules.dialect import Dialect
+from apollo_jax.checkpoints.rules.table import misfit, slots
+from apollo_jax.checkpoints.sources import Source, Stored, open_npz, open_torch
+from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, from_dialect, to_dialect
+from apollo_jax.models import apollo
+
+PICKLES = (".bin", ".pt", ".pth", ".tar")
+PICKLED_WEIGHTS = ("pytorch_model.bin", "model.pth.tar")
+
+
+def open_checkpoint(
+    path: str | os.PathLike, *, key: str = "", said: dict[str, Any] | None = None
+) -> Checkpoint:
+    """What lies at `path`: a published folder, or a file of another layout.
+
+    Args:
+      key: which part of the file, like "target_encoder" of a .pth.tar or "img" of an .npz.
+      said: published config fields of a file that has no config.json.
+    Raises FileNotFoundError for what is not there, ValueError naming every file, field and tensor
+    that does not fit.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or not (folder / companions.CONFIG).is_file():
+        return _alone(foreign_part(folder, key, said or {}))
+    config = layout.config(folder)
+    if not isinstance(config, apollo.Config):
+        return _alone(open_part(folder, config, key))
+    places = {tower_place(i): layout.TOWERS + "/" + n for i, n in enumerate(config.towers)}
+    places |= {"connector": layout.CONNECTOR, "llm": layout.LLM}
+    configs = [*config.towers.values(), config.connector, config.llm]
+    parts = {
+        place: open_part(folder / name, part)
+        for (place, name), part in zip(places.items(), configs, strict=True)
+    }
+    return Checkpoint(config, parts, outside(folder))
+
+
+def _alone(part: Part) -> Checkpoint:
+    return Checkpoint(part.config, {"": part})
+
+
+def outside(folder: Path) -> companions.Files:
+    """The files of an Apollo folder that belong to none of its parts."""
+    towers = companions.read(folder / layout.TOWERS)
+    return companions.read(folder) | {f"{layout.TOWERS}/{n}": file for n, file in towers.items()}
+
+
+def open_part(folder: Path, config: layout.PartConfig, key: str = "") -> Part:
+    """A published folder of one part, which must hold exactly the tensors of `config`."""
+    files = companions.read(folder)
+    if not safetensors.is_there(folder):
+        return open_pickled(folder, config, files, key)
+    tensors = safetensors.TensorFolder(folder)
+    return published_part(config, files, tensors, str(folder))
+
+
+# ---- files without a config.json
+
+
+def foreign_part(path: Path, key: str, said: Mapping[str, Any]) -> Part:
+    """A file, or a folder with a single one, whose model and layout its tensors tell."""
+    path, _, subtree = _split(path)
+    source, passed = open_file(_only_file(path), key or subtree)
+    found = {name: stored.shape for name, stored in source.stored.items()}
+    for rules in dict.fromkeys(layout.PARTS.values()):
+        recognise = getattr(rules, "recognise", None)
+        published = recognise(found, dict(said)) if recognise else None
+        if published is not None:
+            files = {name: companions.dump(content) for name, content in published.items()}
+            return translated_part(rules.config(published, str(path)), files, source, passed, path)
+    some = ", ".join(sorted(found)[:5])
+    raise ValueError(
+        f"{path}: its tensors ({some}, ...) are of no known layout; a folder with the published "
+        "config.json beside the weights says what they are"
+    )
+
+
+def translated_part(
+    config: layout.PartConfig,
+    files: companions.Files,
+    source: Source,
+    passed: Mapping[str, str],
+    where: Path,
+) -> Part:
+    """The part in a file whose tensors may have other names than the published ones."""
+    rules = layout.RULES_BY_CONFIG[type(config)]
+    published_config = companions.parse(files, companions.CONFIG, where)
+    dialects = getattr(rules, "dialects", lambda *_: ())(config, published_config)
+    ignored = [Use(name, ignored=reason) for name, reason in passed.items()]
+    dialect, names = closest(dialects, source.stored)
+    if dialect is None:
+        part = published_part(config, files, source, str(where))
+        stored = {n: replace(s, file=safetensors.SINGLE) for n, s in part.stored.items()}
+        return replace(part, stored=stored, uses=(*part.uses, *ignored))
+    expected = slots(rules.table(config, published_config), shapes(config))
+    zeros = {name: Stored("", slot.shape, "float32") for name, slot in expected.items()}
+    wanted = to_dialect(Arrays({}, zeros), dialect).stored
+    _check(f"{where} ({dialect.name})", dialect, names, wanted, source.stored, ignored)
+    tensors: Source = from_dialect(Renamed(source, names), dialect)
+    if dialect.absent:
+        tensors = Joined(Arrays({}, {name: zeros[name] for name in dialect.absent}), tensors)
+    part = published_part(config, files, tensors, str(where))
+    goes = {name: link.published for link in dialect.links for name in link.foreign}
+    uses = [Use(names[name], goes_to=", ".join(to)) for name, to in goes.items()]
+    return replace(part, names={}, stored={}, uses=(*uses, *ignored))
+
+
+def closest(
+    dialects: Iterable[Dialect], found: Mapping[str, Any]
+) -> tuple[Dialect | None, dict[str, str]]:
+    """The dialect that explains most of the names found, and {its name: the name found}.
+
+    None if fewer than half of a dialect's tensors are there: the names are the published ones.
+    """
+    best, best_names, share = None, {}, 0.5
+    for dialect in dialects:
+        wanted = {name for link in dialect.links for name in link.foreign}
+        names = {
+            name: short if short in found and name not in found else name
+            for name in wanted
+            for short in [name.removeprefix(dialect.prefix)]
+        }
+        there = sum(name in found for name in names.values()) / max(1, len(wanted))
+        if there > share:
+            best, best_names, share = dialect, names, there
+    return best, best_names
+
+
+def _check(
+    where: str,
+    dialect: Dialect,
+    names: Mapping[str, str],
+    wanted: Mapping[str, Stored],
+    found: Mapping[str, Stored],
+    ignored: list[Use],
+) -> None:
+    """Every wanted tensor is there in its shape, and nothing else but what the dialect ignores."""
+    rest = [name for name in found if name not in set(names.values())]
+    for name in rest:
+        for pattern, reason in dialect.ignored.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                ignored.append(Use(name, ignored=reason))
+                break
+    passed = {use.tensor for use in ignored}
+    misfit(
+        where,
+        unknown=[name for name in rest if name not in passed],
+        missing=[name for name in names.values() if name not in found],
+        misshaped=[
+            f"{names[name]} {found[names[name]].shape}, the config gives {tensor.shape}"
+            for name, tensor in wanted.items()
+            if names[name] in found and found[names[name]].shape != tensor.shape
+        ],
+    )
+
+
+def open_pickled(
+    folder: Path, config: layout.PartConfig, files: companions.Files, key: str
+) -> Part:
+    """A folder with a published config.json and pickled weights."""
+    for name in PICKLED_WEIGHTS:
+        if (folder / name).is_file():
+            source, passed = open_torch(folder / name, key)
+            return translated_part(config, files, source, passed, folder)
+    here = ", ".join(sorted(p.name for p in folder.iterdir()))
+    known = ", ".join((safetensors.SINGLE, safetensors.INDEX, *PICKLED_WEIGHTS))
+    raise FileNotFoundError(f"{folder} holds none of {known} (it holds {here})")
+
+
+def open_file(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:
+    """The tensors of one file, and what else it holds with the reason it is passed over."""
+    if path.suffix == ".npz":
+        return open_npz(path, key), {}
+    if path.suffix == ".safetensors":
+        return safetensors.open_file(path), {}
+    if path.suffix in PICKLES:
+        return open_torch(path, key)
+    raise ValueError(f"{path}: .npz, .safetensors, {', '.join(PICKLES)} and folders are read")
+
+
+def _split(path: Path) -> tuple[Path, str, str]:
+    """big_vision's `file.npz:subtree`."""
+    name, colon, subtree = str(path).partition(".npz:")
+    return (Path(f"{name}.npz"), colon, subtree) if colon else (path, "", "")
+
+
+def _only_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist")
+    files = [p for p in sorted(path.iterdir()) if p.suffix in (".npz", ".safetensors", *PICKLES)]
+    if len(files) != 1:
+        here = ", ".join(p.name for p in sorted(path.iterdir())) or "nothing"
+        raise FileNotFoundError(
+            f"{path} has no {companions.CONFIG} and not one file of weights (it holds {here})"
+        )
+    return files[0]
