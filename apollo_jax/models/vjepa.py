@@ -135,7 +135,7 @@ class VJEPA(nnx.Module):
 
     def positions_at(self, grid: tuple[int, ...]) -> Float[Array, "T r c D"]:
         """The stored table, interpolated trilinearly to another grid (half-pixel centres)."""
-        table = self.positions[...].reshape(*self.config.grid, -1)
+        table = self.positions[...].reshape(*self.config.grid, -1).astype(jnp.float32)
         if grid == self.config.grid:
             return table
         shape = (*grid, table.shape[-1])
