@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from apollo_jax.checkpoints.pretrained import from_pretrained
+from apollo_jax.checkpoints.pretrained import from_pretrained, save_pretrained
 from apollo_jax.checkpoints.rules import clip as clip_rules
 from apollo_jax.checkpoints.rules import languagebind as languagebind_rules
+from apollo_jax.checkpoints.rules.table import parameters
 from apollo_jax.config import from_dict, to_config
 from apollo_jax.models import apollo, clip, languagebind
 from apollo_jax.models.vision_tower import TOWERS, VisionTower, common_grid
@@ -172,6 +173,17 @@ def test_clips_become_visual_tokens(name, build, run):
     assert tokens.shape == (2, 8, 96)
     assert np.isfinite(tokens).all()
     assert not np.allclose(tokens[0], tokens[1])
+
+
+def test_a_whole_apollo_comes_back(build, tmp_path):
+    config = EXPERIMENTS["languagebind-image with languagebind"]
+    model = build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
+    save_pretrained(model, tmp_path / "out")
+    loaded = from_pretrained(tmp_path / "out")
+    assert loaded.config == config
+    before, after = parameters(model), parameters(loaded)
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
