@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVideo2 video tower (arXiv 2403.15377), stage-2 1B, as Apollo uses it.
+"""InternVideo2 video tower (arXiv 2403.15377), as Apollo uses it: stage-2 1B and its distillations.
 
 N clips, F frames, T time steps, P side of the patch grid, I image side (pixels), D stream.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -40,6 +40,21 @@ class Config:
     def stage2_1b(cls) -> "Config":
         """OpenGVLab/InternVideo2-Stage2_1B-224p-f4."""
         return cls()
+
+    @classmethod
+    def distilled_small(cls) -> "Config":
+        """OpenGVLab/InternVideo2_distillation_models, stage1/S14/S14_dist_1B_stage2."""
+        return cls(d_model=384, depth=12, num_heads=6, mlp_ratio=4.0, num_frames=8)
+
+    @classmethod
+    def distilled_base(cls) -> "Config":
+        """OpenGVLab/InternVideo2_distillation_models, stage1/B14/B14_dist_1B_stage2."""
+        return cls(d_model=768, depth=12, num_heads=12, mlp_ratio=4.0, num_frames=8)
+
+    @classmethod
+    def distilled_large(cls) -> "Config":
+        """OpenGVLab/InternVideo2_distillation_models, stage1/L14/L14_dist_1B_stage2."""
+        return cls(d_model=1024, depth=24, num_heads=16, mlp_ratio=4.0, num_frames=8)
 
     @property
     def built_layers(self) -> int:
@@ -141,6 +156,31 @@ class InternVideo2(nnx.Module):
         x = jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(self.dtype)
         x, _ = layers.fold(self.layers, x, remat=remat)
         return x[:, 1:].reshape(n, *self.grid, -1)
+
+
+def with_frames(tower: InternVideo2, num_frames: int) -> InternVideo2:
+    """The tower for clips of another length, its positions resampled in time as the authors do.
+
+    It is a fresh model: what the folder it was loaded from holds besides stays behind.
+    """
+    c, table = replace(tower.config, num_frames=num_frames), tower.positions[...]
+    kw: Any = dict(dtype=tower.dtype, param_dtype=table.dtype)
+    out = nnx.eval_shape(lambda: InternVideo2(c, rngs=nnx.Rngs(0), **kw))
+    state = nnx.state(tower)
+    state["positions"] = out.positions.replace(resampled(table, tower.grid[0], c.grid[0]))
+    nnx.update(out, state)
+    return out
+
+
+def resampled(
+    positions: Float[Array, "1+S*P*P D"], before: int, after: int
+) -> Float[Array, "1+T*P*P D"]:
+    """A position table of `before` time steps for `after`: linear, half-pixel; CLS as it is."""
+    times = positions[1:].reshape(before, -1).astype(jnp.float32)
+    shape, precision = (after, times.shape[1]), jax.lax.Precision.HIGHEST
+    times = jax.image.resize(times, shape, "linear", antialias=False, precision=precision)
+    times = times.reshape(-1, positions.shape[1]).astype(positions.dtype)
+    return jnp.concatenate([positions[:1], times])
 
 
 def tubelets(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SigLIP 2 NaFlex against transformers on random weights, with padding; both halves; fresh ones."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 2e-5
-VISION = dict(
+VISION: dict[str, Any] = dict(
     hidden_size=32,
     intermediate_size=72,
     num_hidden_layers=3,

@@ -1,10 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVideo2 stage-2 tower <-> the authors' PretrainInternVideo2."""
+"""InternVideo2 tower <-> the authors' PretrainInternVideo2, and what they distilled it into."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from apollo_jax.checkpoints.rules.fields import defaults, take
-from apollo_jax.checkpoints.rules.table import Rule, Table, Unused, conv, norm, squeeze, weight
+from apollo_jax.checkpoints.rules.table import (
+    Rule,
+    Shape,
+    Table,
+    Unused,
+    conv,
+    norm,
+    squeeze,
+    weight,
+)
 from apollo_jax.models.internvideo2 import Config, InternVideo2
 
 MODEL = InternVideo2
@@ -25,6 +36,10 @@ HEADS = dict(
     clip_return_layer=6,
     sep_image_video_pos_embed=True,
 )
+# What the authors' code calls the kinds that the config class does not know.
+KINDS = dict(clip_student_decoder="Linear_Decoder", num_classes=0)
+# width -> heads of the released sizes, which no shape tells
+NUM_HEADS = {384: 6, 768: 12, 1024: 16, 1408: 16, 3200: 25}
 BLOCK = "blocks.{i}"
 PROJECTOR = "clip_projector"
 
@@ -80,7 +95,10 @@ def published(c: Config) -> dict[str, Any]:
 
 def table(c: Config, published_config: dict[str, Any]) -> Table:
     """The rules; blocks from `feature_layer` on and all alignment heads are unused."""
-    heads = take(published_config, HEADS, {}, "InternVideo2 config.json")
+    heads = take(published_config, HEADS | KINDS, {}, "InternVideo2 config.json")
+    if heads["clip_student_decoder"] not in DECODERS:
+        said, known = heads["clip_student_decoder"], ", ".join(DECODERS)
+        raise ValueError(f"InternVideo2 config.json: clip_student_decoder {said!r}; known: {known}")
     rules = [
         *weight(
             "patch_embed.proj",
@@ -109,27 +127,44 @@ def unused(c: Config, heads: dict[str, Any]) -> tuple[Unused, ...]:
     """Everything beside the video path up to `feature_layer`."""
     d, (t, rows, columns) = c.d_model, c.grid
     image, video = (1, 1 + rows * columns, d), (1, 1 + t * rows * columns, d)
+    student, classes = heads["clip_embed_dim"], heads["num_classes"]
+    projector = projector_shapes(d, heads["attn_pool_num_heads"], student)
+    pooled = Unused("nothing is pooled", projector)
+    if classes:  # fine-tuning keeps neither the decoders nor their positions
+        classifier = {f"fc_norm.{key}": (student,) for key in ("weight", "bias")}
+        classifier |= {"head.weight": (classes, student), "head.bias": (classes,)}
+        return pooled, Unused("Apollo does not classify", classifier)
     positions = {"clip_pos_embed": video}
     if heads["sep_image_video_pos_embed"]:
         positions |= {"img_pos_embed": image, "clip_img_pos_embed": image}
-    student, teacher = heads["clip_embed_dim"], heads["clip_teacher_embed_dim"]
-    final = heads["clip_teacher_final_dim"]
-    decoders: dict[str, tuple[int, ...]] = {}
+    teacher, final = heads["clip_teacher_embed_dim"], heads["clip_teacher_final_dim"]
+    decode = DECODERS[heads["clip_student_decoder"]]
+    decoders: dict[str, Shape] = {}
     for i in range(heads["clip_return_layer"]):
-        decoders |= decoder_shapes(f"clip_decoder.{i}", d, teacher)
+        decoders |= decode(f"clip_decoder.{i}", d, teacher)
     if final:
-        decoders |= decoder_shapes("final_clip_decoder", student, final)
+        decoders |= decode("final_clip_decoder", student, final)
     return (
         Unused("images run as repeated frames, on the video positions", positions),
-        Unused("nothing is pooled", projector_shapes(d, heads["attn_pool_num_heads"], student)),
+        pooled,
         Unused("heads of the distillation that trained the tower", decoders),
     )
 
 
-def decoder_shapes(name: str, din: int, dout: int) -> dict[str, tuple[int, ...]]:
+def linear_decoder(name: str, din: int, dout: int) -> dict[str, Shape]:
     """A linear and a LayerNorm."""
     vectors = {f"{name}.{key}": (dout,) for key in ("head.bias", "norm.weight", "norm.bias")}
     return {f"{name}.head.weight": (dout, din), **vectors}
+
+
+def mlp_decoder(name: str, din: int, dout: int) -> dict[str, Shape]:
+    """Two linears and a LayerNorm, as the distilled towers have."""
+    vectors = {f"{name}.{key}": (dout,) for key in ("head.2.bias", "norm.weight", "norm.bias")}
+    hidden = {f"{name}.head.0.weight": (din, din), f"{name}.head.0.bias": (din,)}
+    return {f"{name}.head.2.weight": (dout, din), **hidden, **vectors}
+
+
+DECODERS = {"Linear_Decoder": linear_decoder, "MLP_Decoder": mlp_decoder}
 
 
 def projector_shapes(d: int, num_heads: int, dout: int) -> dict[str, tuple[int, ...]]:
@@ -144,3 +179,57 @@ def projector_shapes(d: int, num_heads: int, dout: int) -> dict[str, tuple[int, 
         f"{PROJECTOR}.cross_attn.proj.weight": (dout, inner),
         f"{PROJECTOR}.cross_attn.proj.bias": (dout,),
     }
+
+
+# ---- the authors' .bin files, whose names are the published ones
+
+
+def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON files of a tower saved alone: frames of 224 pixels, unless said."""
+    kernel = shapes.get("patch_embed.proj.weight", ())
+    names = ("pos_embed", "blocks.0.attn.q_norm.weight", "clip_projector.cross_attn.q.weight")
+    if len(kernel) != 5 or any(name not in shapes for name in names):
+        return None
+    width, _, tubelet, patch, _ = kernel
+    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+    depth = sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in shapes)
+    size = said.get("img_size", 224)
+    fields = dict(
+        d_model=width,
+        depth=depth,
+        mlp_ratio=_ratio(hidden, width),
+        img_size=size,
+        patch_size=patch,
+        num_frames=(shapes["pos_embed"][1] - 1) // (size // patch) ** 2 * tubelet,
+        tubelet_size=tubelet,
+    )
+    if width in NUM_HEADS:
+        fields |= dict(num_heads=NUM_HEADS[width])
+    elif "num_heads" not in said:
+        raise ValueError(f"InternVideo2: no released size is {width} wide; say its num_heads")
+    files = published(Config(**take(fields | said, KNOWN, FIXED, "InternVideo2")))
+    files["config.json"] |= _heads(shapes) | said
+    return files
+
+
+def _heads(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The published fields of the heads, as shapes tell them; how many pool, none tells."""
+    mlp = "final_clip_decoder.head.2.weight" in shapes or "clip_decoder.0.head.2.weight" in shapes
+    last = "head.2.weight" if mlp else "head.weight"
+    layers = {name.split(".")[1] for name in shapes if name.startswith("clip_decoder.")}
+    return dict(
+        attn_pool_num_heads=HEADS["attn_pool_num_heads"],
+        clip_embed_dim=shapes["clip_projector.cross_attn.proj.weight"][0],
+        clip_teacher_embed_dim=shapes.get(f"clip_decoder.0.{last}", (0,))[0],
+        clip_teacher_final_dim=shapes.get(f"final_clip_decoder.{last}", (0,))[0],
+        clip_return_layer=len(layers),
+        sep_image_video_pos_embed="img_pos_embed" in shapes,
+        clip_student_decoder="MLP_Decoder" if mlp else "Linear_Decoder",
+        num_classes=shapes["head.weight"][0] if "fc_norm.weight" in shapes else 0,
+    )
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """mlp_ratio such that int(width * mlp_ratio) is `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
