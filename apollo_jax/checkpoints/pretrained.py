@@ -32,6 +32,9 @@ from apollo_jax.models import (
     qwen2,
     siglip,
     siglip2,
+    videomae,
+    vjepa,
+    vjepa2,
 )
 
 Tower = (
@@ -41,6 +44,9 @@ Tower = (
     | clip.CLIP
     | languagebind.LanguageBindVideo
     | dinov2.DINOv2
+    | videomae.VideoMAE
+    | vjepa.VJEPA
+    | vjepa2.VJEPA2
 )
 Part = Tower | connectors.Connector | qwen2.Qwen2
 

@@ -6,7 +6,7 @@ D stream.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -141,6 +141,22 @@ class VJEPA(nnx.Module):
         shape = (*grid, table.shape[-1])
         precision = jax.lax.Precision.HIGHEST
         return jax.image.resize(table, shape, "linear", antialias=False, precision=precision)
+
+
+def with_clips(tower: VJEPA, *, num_frames: int, crop_size: int) -> VJEPA:
+    """The tower for clips of another length or size, its positions interpolated for good.
+
+    It is a fresh model: what the folder it was loaded from holds besides stays behind.
+    """
+    c = replace(tower.config, num_frames=num_frames, crop_size=crop_size)
+    dtype = tower.positions[...].dtype
+    kw: Any = dict(dtype=tower.dtype, param_dtype=dtype)
+    out = nnx.eval_shape(lambda: VJEPA(c, rngs=nnx.Rngs(0), **kw))
+    table = tower.positions_at(c.grid).reshape(-1, c.embed_dim)
+    state = nnx.state(tower)
+    state["positions"] = out.positions.replace(table.astype(dtype))
+    nnx.update(out, state)
+    return out
 
 
 def sincos_3d(

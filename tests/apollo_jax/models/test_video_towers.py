@@ -125,6 +125,15 @@ def test_vjepa_positions_follow_other_clips(tower, run, close):
     close(features.reshape(1, 60, 36), z["last_norm_interp"])
 
 
+def test_vjepa_for_clips_of_another_length_and_size(tower, run, close):
+    x = jnp.asarray(arrays(VJEPA)["pixel_values_interp"])[:, :, :, :32]
+    other = vjepa.with_clips(tower(VJEPA), num_frames=6, crop_size=32)
+    assert other.config.grid == (3, 4, 4)
+    assert other.positions.shape == (48, 36)
+    close(run(forward, other, x), run(forward, tower(VJEPA), x))
+    assert tower(VJEPA).positions.shape == (18, 36)
+
+
 def test_vjepa2_takes_any_number_of_frames(tower, run):
     """Time is an axis of its own: tokens of the first frames do not move when frames follow."""
     angles = vjepa2.rotations((3, 2, 2), 16)
