@@ -61,7 +61,7 @@ class Checkpoint:
     files: companions.Files = field(default_factory=dict)  # of an Apollo, outside its parts
 
     @cached_property
-    def ours(self) -> Source:
+    def ours(self) -> Joined:
         """Our parameters as a training run names them: "llm/layers/q/kernel"."""
         return Joined(
             *(
@@ -79,6 +79,12 @@ def weight_name(part: str, path: str) -> str:
 def tower_place(index: int) -> str:
     """Where the model has its tower `index`."""
     return f"vision_tower/towers/{index}"
+
+
+def apollo_places(config: apollo.Config) -> dict[str, layout.PartConfig]:
+    """Where an Apollo's model has its parts -> their configs."""
+    towers = {tower_place(i): t for i, t in enumerate(config.towers.values())}
+    return {**towers, "connector": config.connector, "llm": config.llm}
 
 
 def published_part(

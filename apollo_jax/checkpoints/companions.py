@@ -3,7 +3,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,13 @@ def read(folder: Path) -> Files:
         raise FileNotFoundError(f"{folder} has no {CONFIG} (it holds {here})")
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
     return {p.name: p.read_bytes() for p in files if not p.name.startswith(".")}
+
+
+def below(folder: Path, skip: Iterable[str]) -> Files:
+    """Every file under `folder` by its path there, but for those under the folders `skip`."""
+    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    skipped = tuple(f"{name}/" for name in skip)
+    return {n: p.read_bytes() for n, p in files.items() if not n.startswith(skipped)}
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints import companions, safetensors
+from apollo_jax.checkpoints import companions, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import (
     Checkpoint,
     Part,
     Use,
+    apollo_places,
     published_part,
     shapes,
-    tower_place,
 )
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules.dialect import Dialect
@@ -40,17 +40,19 @@ def open_checkpoint(
     that does not fit.
     """
     folder = Path(path)
+    if weights_folder.is_weights(folder):
+        return weights_folder.open_weights(folder)
     if not folder.is_dir() or not (folder / companions.CONFIG).is_file():
         return _alone(foreign_part(folder, key, said or {}))
     config = layout.config(folder)
     if not isinstance(config, apollo.Config):
         return _alone(open_part(folder, config, key))
-    places = {tower_place(i): layout.TOWERS + "/" + n for i, n in enumerate(config.towers)}
-    places |= {"connector": layout.CONNECTOR, "llm": layout.LLM}
-    configs = [*config.towers.values(), config.connector, config.llm]
+    folders = [f"{layout.TOWERS}/{name}" for name in config.towers]
+    folders += [layout.CONNECTOR, layout.LLM]
+    places = apollo_places(config)
     parts = {
         place: open_part(folder / name, part)
-        for (place, name), part in zip(places.items(), configs, strict=True)
+        for name, (place, part) in zip(folders, places.items(), strict=True)
     }
     return Checkpoint(config, parts, outside(folder))
 

@@ -8,13 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
-
-from apollo_jax.checkpoints import manager, pretrained
+from apollo_jax.checkpoints import manager, placement
+from apollo_jax.checkpoints.checkpoint import Checkpoint
+from apollo_jax.checkpoints.opening import open_checkpoint
+from apollo_jax.checkpoints.translate import Renamed
 from apollo_jax.config import Experiment, differences
-from apollo_jax.training.state import Arrays, Shapes, flatten, random_weights
+from apollo_jax.training.state import Arrays, Shapes, random_weights
 from data_pipeline.tokenizer import Tokenizer
 
 # Fields of a published part's config that its weights do not depend on.
@@ -63,11 +62,11 @@ def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays
 
 
 def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
-    config = pretrained.config_from_pretrained(path)
-    if not isinstance(config, type(experiment.model)):
+    checkpoint = open_checkpoint(path)
+    if not isinstance(checkpoint.config, type(experiment.model)):
         raise ValueError(f"config.init_from {path} is not a whole Apollo; use config.init_parts")
-    _check_config(path, config, experiment.model)
-    return _load(path, "", shapes)
+    _check_config(path, checkpoint.config, experiment.model)
+    return _load(checkpoint, path, "", shapes)
 
 
 def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
@@ -86,26 +85,22 @@ def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
 
 
 def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
-    found = pretrained.config_from_pretrained(path)
+    checkpoint = open_checkpoint(path)
+    found = checkpoint.config
     if type(found) is not type(config):
         kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))
         raise ValueError(f"config.init_parts: {path} holds {kinds} is wanted")
     _check_config(path, found, config, ignore=_LIMITS)
-    return _load(path, prefix, {n: s for n, s in shapes.items() if n.startswith(prefix)})
+    own = {n: s for n, s in shapes.items() if n.startswith(prefix)}
+    return _load(checkpoint, path, prefix, own)
 
 
-def _load(path: str, prefix: str, shapes: Shapes) -> Arrays:
-    """The weights of a published folder, read into host memory and placed array by array."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        state = flatten(nnx.state(pretrained.from_pretrained(path)))
-    host = {prefix + name: np.asarray(leaf[...]) for name, leaf in state.items()}
-    _check_shapes(path, {name: array.shape for name, array in host.items()}, shapes)
-
-    def place(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-        array = array.astype(like.dtype)
-        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
-
-    return {name: place(host.pop(name), like) for name, like in shapes.items()}
+def _load(checkpoint: Checkpoint, path: str, prefix: str, shapes: Shapes) -> Arrays:
+    """The weights of a checkpoint where they belong, each process reading its own slices."""
+    names = {prefix + name: name for name in checkpoint.ours.stored}
+    source = Renamed(checkpoint.ours, names)
+    _check_shapes(path, {name: stored.shape for name, stored in source.stored.items()}, shapes)
+    return placement.place(source, shapes)
 
 
 def _check_config(path: str, found: Any, wanted: Any, ignore: tuple[str, ...] = ()) -> None:

@@ -10,7 +10,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from apollo_jax.checkpoints.rules.dialect import Dialect, Link, divided, rename, stacked
+from apollo_jax.checkpoints.rules.dialect import (
+    Dialect,
+    Link,
+    divided,
+    rename,
+    shape_of,
+    stacked,
+)
 from apollo_jax.checkpoints.rules.table import SAME, TRANSPOSE, Shape, Transform, squeeze
 
 SIGLIP2_VOCABULARY = 256_000
@@ -205,44 +212,51 @@ class Halves(NamedTuple):
 
 
 def halves(shapes: Mapping[str, Shape]) -> Halves | None:
-    """What an .npz holds; None if it is no SigLIP."""
+    """What an .npz holds; None if it is no SigLIP. ValueError if it is a damaged one."""
     root = next((r for r in (*(f"{r}img/" for r in ROOTS), "") if _is_tower(r, shapes)), None)
     if root is None:
         return None
-    kernel, table = shapes[f"{root}embedding/kernel"], shapes[f"{root}pos_embedding"]
-    naflex = len(kernel) == 2
+    naflex = len(shapes.get(f"{root}embedding/kernel", ())) == 2
+    kernel = shape_of(shapes, f"{root}embedding/kernel", 2 if naflex else 4)
+    table = shape_of(shapes, f"{root}pos_embedding", 3)  # [1, N, D] or [S, S, D]
     vision = _encoder(f"{root}Transformer/", shapes) | dict(
         patch_size=math.isqrt(kernel[0] // 3) if naflex else kernel[0],
-        vision_use_head=f"{root}MAPHead_0/probe" in shapes,
+        vision_use_head=any(name.startswith(f"{root}MAPHead_0/") for name in shapes),
     )
     txt = root.removesuffix("img/") + "txt/"
-    text = _text(txt, shapes) if f"{txt}pos_embedding" in shapes else None
+    text = _text(txt, shapes) if any(name.startswith(txt) for name in shapes) else None
     return Halves(vision, text, table[0] * table[1], naflex)
 
 
 def _is_tower(root: str, shapes: Mapping[str, Shape]) -> bool:
-    names = ("embedding/kernel", "pos_embedding", "Transformer/encoder_norm/scale")
-    return all(root + name in shapes for name in names)
+    stem = f"{root}embedding/kernel" in shapes or f"{root}pos_embedding" in shapes
+    return stem and any(name.startswith(f"{root}Transformer/encoderblock") for name in shapes)
 
 
 def _text(root: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    vocabulary, width = shapes[f"{root}Embed_0/embedding"]
     return _encoder(f"{root}Encoder_0/", shapes) | dict(
-        vocab_size=vocabulary,
-        max_position_embeddings=shapes[f"{root}pos_embedding"][1],
-        projection_size=shapes.get(f"{root}head/kernel", (width, width))[1],
+        vocab_size=shape_of(shapes, f"{root}Embed_0/embedding", 2)[0],
+        max_position_embeddings=shape_of(shapes, f"{root}pos_embedding", 3)[1],
+        projection_size=shape_of(shapes, f"{root}head/kernel", 2)[1],
     )
 
 
 def _encoder(root: str, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    scan, scale = f"{root}encoderblock/LayerNorm_0/scale", "/LayerNorm_0/scale"
-    numbered = [n for n in shapes if n.startswith(f"{root}encoderblock_") and n.endswith(scale)]
-    first = f"{root}encoderblock/" if scan in shapes else f"{root}encoderblock_0/"
-    *_, width, heads, _ = shapes[f"{first}{ATTENTION}/query/kernel"]
+    below = (name.removeprefix(root) for name in shapes if name.startswith(f"{root}encoderblock"))
+    names = sorted({name.partition("/")[0] for name in below})
+    scan = names == ["encoderblock"]
+
+    def leaf(name: str, rank: int) -> Shape:
+        """Of whichever block has it."""
+        there = [n for n in names if f"{root}{n}/{name}" in shapes]
+        at = (*there, *names, "encoderblock_0")[0]
+        return shape_of(shapes, f"{root}{at}/{name}", rank + scan)
+
+    *layers, width, heads, _ = leaf(f"{ATTENTION}/query/kernel", 3)
     return dict(
         hidden_size=width,
-        intermediate_size=shapes[f"{first}MlpBlock_0/Dense_0/bias"][-1],
-        num_hidden_layers=shapes[scan][0] if scan in shapes else len(numbered),
+        intermediate_size=leaf("MlpBlock_0/Dense_0/bias", 1)[-1],
+        num_hidden_layers=layers[0] if scan else len(names),
         num_attention_heads=heads,
     )
 

@@ -7,11 +7,11 @@ takes part, also those that we have no parameter for. Each link says that one te
 one after the other along its first axis, so that any of them can be made from rows of the rest.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from apollo_jax.checkpoints.rules.table import SAME, Transform
+from apollo_jax.checkpoints.rules.table import SAME, Shape, Transform
 
 
 class Link(NamedTuple):
@@ -69,3 +69,12 @@ class Dialect:
     ignored: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
+
+
+def shape_of(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
+    """The shape of a tensor that tells a model's size; ValueError if it is not there or not so."""
+    if name not in shapes:
+        raise ValueError(f"{name} is missing, which tells the size of the model")
+    if len(shapes[name]) != rank:
+        raise ValueError(f"{name} is {tuple(shapes[name])}, expected {rank} dimensions")
+    return shapes[name]

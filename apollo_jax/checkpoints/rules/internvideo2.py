@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from apollo_jax.checkpoints.rules.dialect import shape_of
 from apollo_jax.checkpoints.rules.fields import defaults, take
 from apollo_jax.checkpoints.rules.table import (
     Rule,
@@ -185,22 +186,24 @@ def projector_shapes(d: int, num_heads: int, dout: int) -> dict[str, tuple[int, 
 
 
 def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, Any] | None:
-    """The JSON files of a tower saved alone: frames of 224 pixels, unless said."""
-    kernel = shapes.get("patch_embed.proj.weight", ())
-    names = ("pos_embed", "blocks.0.attn.q_norm.weight", "clip_projector.cross_attn.q.weight")
-    if len(kernel) != 5 or any(name not in shapes for name in names):
+    """The JSON files of a tower saved alone: frames of 224 pixels, unless said.
+
+    ValueError if it is a damaged one, or of a size that was not released and not said.
+    """
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    if not any(f"blocks.{i}.attn.q_norm.weight" in shapes for i in blocks):
         return None
-    width, _, tubelet, patch, _ = kernel
-    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
-    depth = sum(n.startswith("blocks.") and n.endswith(".norm1.weight") for n in shapes)
+    width, _, tubelet, patch, _ = shape_of(shapes, "patch_embed.proj.weight", 5)
+    fc1 = next((n for i in blocks if (n := f"blocks.{i}.mlp.fc1.weight") in shapes), "mlp.fc1")
     size = said.get("img_size", 224)
+    tokens = shape_of(shapes, "pos_embed", 3)[1] - 1
     fields = dict(
         d_model=width,
-        depth=depth,
-        mlp_ratio=_ratio(hidden, width),
+        depth=len(blocks),
+        mlp_ratio=_ratio(shape_of(shapes, fc1, 2)[0], width),
         img_size=size,
         patch_size=patch,
-        num_frames=(shapes["pos_embed"][1] - 1) // (size // patch) ** 2 * tubelet,
+        num_frames=tokens // (size // patch) ** 2 * tubelet,
         tubelet_size=tubelet,
     )
     if width in NUM_HEADS:
@@ -214,18 +217,22 @@ def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, An
 
 def _heads(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """The published fields of the heads, as shapes tell them; how many pool, none tells."""
-    mlp = "final_clip_decoder.head.2.weight" in shapes or "clip_decoder.0.head.2.weight" in shapes
-    last = "head.2.weight" if mlp else "head.weight"
     layers = {name.split(".")[1] for name in shapes if name.startswith("clip_decoder.")}
+    mlp = any("clip_decoder." in name and ".head.2." in name for name in shapes)
+    last = "head.2.bias" if mlp else "head.bias"
+
+    def size(name: str) -> int:
+        return shapes.get(name, (0,))[0]
+
     return dict(
         attn_pool_num_heads=HEADS["attn_pool_num_heads"],
-        clip_embed_dim=shapes["clip_projector.cross_attn.proj.weight"][0],
-        clip_teacher_embed_dim=shapes.get(f"clip_decoder.0.{last}", (0,))[0],
-        clip_teacher_final_dim=shapes.get(f"final_clip_decoder.{last}", (0,))[0],
+        clip_embed_dim=shape_of(shapes, f"{PROJECTOR}.cross_attn.proj.bias", 1)[0],
+        clip_teacher_embed_dim=max((size(f"clip_decoder.{i}.{last}") for i in layers), default=0),
+        clip_teacher_final_dim=size(f"final_clip_decoder.{last}"),
         clip_return_layer=len(layers),
         sep_image_video_pos_embed="img_pos_embed" in shapes,
         clip_student_decoder="MLP_Decoder" if mlp else "Linear_Decoder",
-        num_classes=shapes["head.weight"][0] if "fc_norm.weight" in shapes else 0,
+        num_classes=size("head.bias"),
     )
 
 

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights alone in Orbax's format: a checkpoint to start training from, on any mesh.
+
+    folder/config.json             the model
+    folder/weights/                our parameters (Orbax, OCDBT; names as in a training run)
+    folder/published/PART/         what the published folder held besides: files, unused tensors
+
+Written and read slice by slice through tensorstore, so that no tensor is ever whole in memory;
+Orbax reads it like any checkpoint.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from apollo_jax.checkpoints import companions, safetensors
+from apollo_jax.checkpoints.checkpoint import Checkpoint, Part, apollo_places, part_of_weights
+from apollo_jax.checkpoints.rules import apollo as layout
+from apollo_jax.checkpoints.sources import (
+    BLOCK_BYTES,
+    Index,
+    Source,
+    Stored,
+    concrete,
+    row_slices,
+)
+from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, is_float
+from apollo_jax.config import from_dict
+from apollo_jax.models import apollo
+
+WEIGHTS, PUBLISHED, UNUSED, LAYOUT = "weights", "published", "unused.safetensors", "layout.json"
+FORMAT = "apollo_jax weights"
+
+
+# ---- arrays
+
+
+class OrbaxArrays:
+    """The arrays of one Orbax item, a flat tree."""
+
+    def __init__(self, path: Path):
+        metadata = json.loads((path / "_METADATA").read_text())["tree_metadata"]
+        keys = [".".join(k["key"] for k in leaf["key_metadata"]) for leaf in metadata.values()]
+        self._arrays = {key: ts.open(_spec(path, key), open=True).result() for key in keys}
+        self.stored = {
+            key: Stored(path.name, tuple(a.shape), a.dtype.name) for key, a in self._arrays.items()
+        }
+
+    def read(self, name: str, index: Index = ()) -> np.ndarray:
+        array = self._arrays[name]
+        return np.asarray(array[concrete(index, tuple(array.shape))].read().result())
+
+
+def write_arrays(path: Path, source: Source) -> None:
+    """An Orbax item with the tensors of `source`, written block by block."""
+    skeleton = {name: np.zeros(1, np.int8) for name in source.stored}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), skeleton)
+    for name, stored in source.stored.items():
+        metadata = dict(
+            shape=stored.shape, chunks=_chunks(stored), compressor=None, dtype=_zarr(stored.dtype)
+        )
+        spec = _spec(path.absolute(), name) | dict(metadata=metadata)
+        array = ts.open(spec, create=True, delete_existing=True).result()
+        if not stored.shape:
+            array.write(source.read(name)).result()
+            continue
+        for rows in row_slices(stored.shape, stored.nbytes):
+            array[rows].write(source.read(name, (rows,))).result()
+
+
+def _spec(path: Path, name: str) -> dict[str, Any]:
+    store = dict(driver="ocdbt", base=f"file://{path.absolute()}/", path=f"{name}/")
+    return dict(driver="zarr", kvstore=store)
+
+
+def _chunks(stored: Stored) -> list[int]:
+    """Pieces of at most BLOCK_BYTES, whole in the last axes: what a host of a pod reads."""
+    chunks, room = list(stored.shape), BLOCK_BYTES // np.dtype(stored.dtype).itemsize
+    for axis in range(len(chunks)):
+        rest = int(np.prod(chunks[axis + 1 :], dtype=np.int64))
+        chunks[axis] = max(1, min(chunks[axis], room // max(1, rest)))
+        if rest <= room:
+            break
+    return chunks
+
+
+def _zarr(dtype: str) -> str:
+    return "bfloat16" if dtype == "bfloat16" else np.dtype(dtype).str
+
+
+# ---- folders
+
+
+def is_weights(folder: Path) -> bool:
+    """Whether `folder` holds weights that `write` wrote."""
+    path = folder / companions.CONFIG
+    if not (folder / WEIGHTS).is_dir() or not path.is_file():
+        return False
+    return json.loads(path.read_text()).get("format") == FORMAT
+
+
+def write(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> None:
+    """Write a checkpoint's parameters, in `dtype` or as they are, and what goes with them."""
+    ours = checkpoint.ours
+    names = {name: name for name in ours.stored}
+    as_stored = {
+        name: dataclasses.replace(s, dtype=dtype) if dtype and is_float(s.dtype) else s
+        for name, s in ours.stored.items()
+    }
+    write_arrays(folder / WEIGHTS, Renamed(ours, names, as_stored))
+    companions.write(folder / PUBLISHED, checkpoint.files)
+    for place, part in checkpoint.parts.items():
+        _write_rest(folder / PUBLISHED / place, part)
+    kind = _kind(checkpoint.config)
+    content = dict(format=FORMAT, kind=kind, model=dataclasses.asdict(checkpoint.config))
+    companions.write(folder, {companions.CONFIG: companions.dump(content)})
+
+
+def _write_rest(folder: Path, part: Part) -> None:
+    laid = {spelling: dataclasses.asdict(stored) for spelling, stored in part.stored.items()}
+    content = dict(names=dict(part.names), stored=laid)
+    companions.write(folder, {**part.files, LAYOUT: json.dumps(content).encode()})
+    unused = {name: name for name, slot in part.slots.items() if not slot.path}
+    stored = {name: dataclasses.replace(part.tensors.stored[name], file=UNUSED) for name in unused}
+    if stored:
+        safetensors.write(folder, Renamed(part.tensors, unused, stored))
+
+
+def open_weights(folder: Path) -> Checkpoint:
+    """The checkpoint that `write` wrote."""
+    content = json.loads((folder / companions.CONFIG).read_text())
+    config = from_dict(_KINDS[content["kind"]], content["model"])
+    return assemble(config, OrbaxArrays(folder / WEIGHTS), folder / PUBLISHED)
+
+
+def assemble(config: Any, weights: Source, published: Path | None = None) -> Checkpoint:
+    """A checkpoint from our parameters by their names in a run.
+
+    published: folder with what `write` put beside them; without it, fresh files and zeros.
+    """
+    if not isinstance(config, apollo.Config):
+        return Checkpoint(config, {"": _part(config, weights, "", published)})
+    places = apollo_places(config)
+    parts = {place: _part(part, weights, place, published) for place, part in places.items()}
+    files = companions.below(published, skip=places) if published else {}
+    return Checkpoint(config, parts, files)
+
+
+def _part(config: Any, weights: Source, place: str, published: Path | None) -> Part:
+    prefix = f"{place}/" if place else ""
+    own = {
+        name.removeprefix(prefix).replace("/", "."): name
+        for name in weights.stored
+        if name.startswith(prefix)
+    }
+    view, folder = Renamed(weights, own), (published / place) if published else None
+    if folder is None:
+        fresh = layout.RULES_BY_CONFIG[type(config)].published(config)
+        files = {name: companions.dump(content) for name, content in fresh.items()}
+        return part_of_weights(config, files, view, Arrays({}), {})
+    files = companions.read(folder)
+    said = json.loads(files.pop(LAYOUT))
+    rest = folder / UNUSED
+    unused = safetensors.open_file(rest) if rest.is_file() else Arrays({})
+    part = part_of_weights(config, files, view, Joined(unused), said["names"])
+    stored = {
+        spelling: Stored(s["file"], tuple(s["shape"]), s["dtype"])
+        for spelling, s in said["stored"].items()
+    }
+    return dataclasses.replace(part, stored=stored)
+
+
+def _kind(config: Any) -> str:
+    return next(kind for kind, cls in _KINDS.items() if cls is type(config))
+
+
+_KINDS: dict[str, type] = {
+    rules.__name__.rpartition(".")[2]: rules.Config for rules in layout.RULES.values()
+} | {"apollo": apollo.Config}
