@@ -27,11 +27,12 @@ VISION = dict(
 )
 TEXT = dict(
     vocab_size=50,
-    hidden_size=32,
+    hidden_size=24,
     intermediate_size=40,
     num_hidden_layers=2,
     num_attention_heads=2,
     max_position_embeddings=8,
+    projection_size=32,  # to the width of the tower, as in SigLIP 2's giant
 )
 
 

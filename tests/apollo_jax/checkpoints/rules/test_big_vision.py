@@ -181,3 +181,24 @@ def test_naflex_there_and_back():
 def test_other_files_are_none():
     assert siglip.recognise({"patch_embed.proj.weight": (32, 3, 7, 7)}, {}) is None
     assert siglip2.recognise({"params/img/embedding/kernel": (75, 32)}, {}) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damage_is_left_to_the_strict_check_or_refused_by_name(layout):
+    whole = shapes(arrays(layout))
+
+    def refusal(damaged) -> str:
+        try:
+            siglip.recognise(damaged, SAID)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    for victim in whole:
+        dropped = refusal({name: shape for name, shape in whole.items() if name != victim})
+        assert not dropped or dropped.startswith(f"{victim} is missing")
+        misshaped = refusal(whole | {victim: (2, *whole[victim])})
+        assert not misshaped or misshaped.startswith(f"{victim} is (2, ")
+    assert refusal({n: s for n, s in whole.items() if "Encoder_0" not in n}).startswith(
+        "params/txt"
+    )

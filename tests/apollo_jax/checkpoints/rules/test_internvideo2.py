@@ -84,3 +84,11 @@ def test_what_no_shape_tells_must_be_said():
 def test_unknown_decoders_are_refused():
     with pytest.raises(ValueError, match="clip_student_decoder 'Conv'; known: Linear_Decoder"):
         rules.table(Config(), dict(clip_student_decoder="Conv"))
+
+
+@pytest.mark.parametrize("name", ["patch_embed.proj.weight", "pos_embed"])
+def test_a_missing_size_is_named(name):
+    shapes = released("small")
+    del shapes[name]
+    with pytest.raises(ValueError, match=f"^{name} is missing"):
+        rules.recognise(shapes, {})
