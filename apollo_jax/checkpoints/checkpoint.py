@@ -5,6 +5,7 @@ A `Part` is one tower, connector or decoder; a `Checkpoint` is one part alone or
 Everything that loads, converts or proves begins with one (see `opening`).
 """
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, Translated
 from apollo_jax.checkpoints.translate import to_ours as seen_as_ours
 from apollo_jax.checkpoints.translate import to_published as seen_as_published
 from apollo_jax.models import apollo
+from data_pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,17 @@ class Part:
     def ours(self) -> Translated:
         """Our parameters by dotted path."""
         return seen_as_ours(self.tensors, self.slots)
+
+    @property
+    def published_config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return companions.parse(self.files, companions.CONFIG, Path())
+
+    @property
+    def unused(self) -> Renamed:
+        """The published tensors that no parameter holds."""
+        names = {name: name for name, slot in self.slots.items() if not slot.path}
+        return Renamed(self.tensors, names)
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,37 @@ def same_bits(source: Source, a: str, b: str) -> bool:
         return False
     pairs = zip(blocks(source, a), blocks(source, b), strict=True)
     return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)
+
+
+def below(weights: Source, place: str) -> Renamed:
+    """A part's parameters by dotted path, out of those of a run."""
+    prefix = f"{place}/" if place else ""
+    own = [name for name in weights.stored if name.startswith(prefix)]
+    return Renamed(weights, {name.removeprefix(prefix).replace("/", "."): name for name in own})
+
+
+def fresh_files(
+    config: layout.PartConfig, weights: Source, tokenizer: Tokenizer | None = None
+) -> companions.Files:
+    """The published files of a part that came from no folder; a decoder's with its tokenizer."""
+    content = layout.RULES_BY_CONFIG[type(config)].published(config)
+    extra: dict[str, dict[str, Any]] = {}
+    beside: companions.Files = {}
+    if tokenizer is not None:
+        pad, eos = tokenizer.pad_id, tokenizer.eos_id
+        ids = dict(bos_token_id=pad, eos_token_id=eos, pad_token_id=pad)
+        extra = {companions.CONFIG: ids, "generation_config.json": ids}
+        beside = tokenizer_files(tokenizer)
+    dtype = next(iter(weights.stored.values())).dtype
+    extra[companions.CONFIG] = extra.get(companions.CONFIG, {}) | dict(torch_dtype=dtype)
+    return beside | {n: companions.dump(c | extra.get(n, {})) for n, c in content.items()}
+
+
+def tokenizer_files(tokenizer: Tokenizer) -> companions.Files:
+    """What a tokenizer writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        return companions.below(Path(folder), skip=())
 
 
 def write_part(

@@ -1,42 +1,212 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`apollo-jax convert`: a training run, or a published folder, to the published layout."""
+"""`apollo-jax convert`: any checkpoint in, any checkpoint out, tensor by tensor.
+
+A source is opened as published tensors (`opening`), changed if options say so (`parts`), seen as
+the target wants it (`translate`) and written block by block, under another name until it is whole.
+"""
 
 import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from apollo_jax.checkpoints import manager
-from apollo_jax.checkpoints.pretrained import from_pretrained, save_pretrained
-from apollo_jax.checkpoints.rules.table import parameters
-from data_pipeline.tokenizer import Tokenizer
+from apollo_jax.checkpoints import npz, parts, proof, weights_folder
+from apollo_jax.checkpoints.checkpoint import Checkpoint
+from apollo_jax.checkpoints.opening import PICKLES, open_checkpoint, read_config
+from apollo_jax.checkpoints.published import appearing, write_apollo, write_parts
+from apollo_jax.models import apollo
+
+FROM = ("hf", "big_vision", "torch", "orbax")
+TO = ("apollo", "hf", "big_vision", "orbax")
+DTYPES = ("float32", "bfloat16", "float16")
+REPORT = "conversion_report.json"
+
+console = Console()
+
+
+KEEP = parts.Changes()
+
+
+def convert(
+    source: str | os.PathLike | None,
+    target: str | os.PathLike,
+    *,
+    to: str = "apollo",
+    key: str = "",
+    said: dict[str, Any] | None = None,
+    given: dict[str, str] | None = None,
+    connector: dict[str, Any] | None = None,
+    only: str = "",
+    changes: parts.Changes = KEEP,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    scan: bool = False,
+    overwrite: bool = False,
+    verify: bool = False,
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Convert `source` to `target`, which appears when it is complete.
+
+    Args:
+      to: what to write, one of TO.
+      key: which part of the file is meant, like "target_encoder" or "img".
+      said: published config fields of a source that has no config.json.
+      given: {part: path} of an Apollo, to assemble one (no source) or to replace parts of one.
+      connector: published fields of a fresh connector.
+      only: the one part of an Apollo to write.
+      changes: to the vocabulary and the head.
+      dtype, max_shard_size: of what is written; default as they were read.
+      scan: big_vision's layout with stacked layers.
+      verify: read the result back and compare before it appears; the report goes with it.
+    Returns the checkpoint that was written, and the report (empty without `verify`).
+    Raises FileExistsError, FileNotFoundError, ValueError, OSError (disk full), naming what it is.
+    """
+    target = Path(target)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; choose another path or give --overwrite")
+    if given:
+        checkpoint = parts.assemble(source, given, connector=connector)
+    elif source is None:
+        raise ValueError("give a source, or the parts to assemble: --part NAME=PATH")
+    else:
+        checkpoint = open_checkpoint(source, key=key, said=said)
+    if only:
+        checkpoint = parts.one(checkpoint, only)
+    checkpoint = changes.apply(checkpoint)
+    write = writer(checkpoint, to, dtype=dtype, max_shard_size=max_shard_size, scan=scan)
+    report: dict[str, Any] = {}
+    with appearing(target) as temporary:
+        write(temporary)
+        if verify:
+            report = dict(source=str(source or given), target=str(target), to=to)
+            report |= dict(changes=changes.said(), dtype=dtype)
+            report |= proof.report(checkpoint, temporary, dtype=dtype)
+            proof.check(report)
+            if temporary.is_dir():
+                (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+    if verify and not target.is_dir():
+        target.with_name(f"{target.name}.{REPORT}").write_text(json.dumps(report, indent=1) + "\n")
+    return checkpoint, report
+
+
+def writer(
+    checkpoint: Checkpoint, to: str, *, dtype: str | None, max_shard_size: str | None, scan: bool
+) -> Callable[[Path], None]:
+    """What writes the checkpoint to a path. ValueError if it cannot be written so."""
+    kw = dict(dtype=dtype, max_shard_size=max_shard_size)
+    whole = isinstance(checkpoint.config, apollo.Config)
+    if to == "apollo" and not whole:
+        raise ValueError("--to apollo writes a whole Apollo; assemble one with --part NAME=PATH")
+    if to == "big_vision" and whole:
+        raise ValueError("--to big_vision writes one tower: choose it with --only NAME")
+    match to:
+        case "apollo":
+            return lambda path: write_apollo(path, checkpoint, **kw)
+        case "hf":
+            return lambda path: write_parts(path, checkpoint, **kw)
+        case "big_vision":
+            return lambda path: npz.write_big_vision(path, checkpoint.parts[""], dtype, scan=scan)
+        case "orbax":
+            return lambda path: weights_folder.write(path, checkpoint, dtype)
+    raise ValueError(f"--to {to} is unknown; known: {', '.join(TO)}")
+
+
+def kind_of(path: Path) -> str:
+    """Which of FROM a path is."""
+    name = str(path)
+    if ".npz" in name:
+        return "big_vision"
+    if path.suffix in PICKLES or any(path.glob("*.bin")) or any(path.glob("*.tar")):
+        return "torch"
+    if weights_folder.is_weights(path) or (path / "checkpoints").is_dir():
+        return "orbax"
+    return "hf"
 
 
 def main(argv: list[str]) -> None:
-    """Write a run or a published folder in the published layout, which the PyTorch code loads."""
+    """Convert a checkpoint: a training run, a published folder or file, or parts of an Apollo."""
     parser = argparse.ArgumentParser("apollo-jax convert", description=main.__doc__)
-    parser.add_argument("source", type=Path, help="workdir of a run, or a published folder")
-    parser.add_argument("target", type=Path, help="folder to write; appears when it is complete")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="as stored")
+    parser.add_argument("source", type=Path, nargs="?", metavar="SRC", help="checkpoint to read")
+    parser.add_argument("target", type=Path, metavar="DST", help="appears when it is complete")
+    parser.add_argument("--from", dest="source_kind", choices=FROM, help="default: as found")
+    parser.add_argument("--to", choices=TO, help="default: apollo for a whole one, hf for a part")
+    parser.add_argument(
+        "--part",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a part of the Apollo to assemble, or to replace in SRC: a tower's name, connector "
+        "(a path or 'fresh') or llm",
+    )
+    parser.add_argument("--only", default="", metavar="NAME", help="write this part alone")
+    parser.add_argument("--key", default="", help="part of the file, like target_encoder or img")
+    parser.add_argument(
+        "--config",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="of a file that has none",
+    )
+    parser.add_argument(
+        "--connector", type=json.loads, default={}, metavar="JSON", help="fields of a fresh one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as stored")
     parser.add_argument("--max-shard-size", metavar="5GB")
+    parser.add_argument("--vocab-size", type=int, default=0, help="pad the vocabulary with zeros")
+    parser.add_argument("--head", choices=("tied", "untied"), default="", help="the decoder's")
+    parser.add_argument("--scan", action="store_true", help="stack big_vision's layers")
+    parser.add_argument("--verify", action="store_true", help=f"read back, compare, write {REPORT}")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
-    model: Any = from_pretrained(args.source)
-    save_pretrained(
-        model,
-        args.target,
-        dtype=args.dtype,
-        tokenizer=_tokenizer(args.source),
-        max_shard_size=args.max_shard_size,
-        overwrite=args.overwrite,
-    )
-    size = sum(leaf.size for leaf in parameters(model).values())
-    Console().print(f"{args.target}: {type(model).__name__}, {size:,} parameters in use")
+    source, given = args.source, dict(part.partition("=")[::2] for part in args.part)
+    if source and args.source_kind and (found := kind_of(source)) != args.source_kind:
+        raise ValueError(f"--from {args.source_kind}: {source} looks like {found}")
+    try:
+        checkpoint, report = convert(
+            source,
+            args.target,
+            to=args.to or _default(source, given, args.only),
+            key=args.key,
+            said=args.config,
+            given=given,
+            connector=args.connector,
+            only=args.only,
+            changes=parts.Changes(args.vocab_size, args.head),
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            scan=args.scan,
+            overwrite=args.overwrite,
+            verify=args.verify,
+        )
+    except ImportError as error:
+        sys.exit(str(error))
+    size = sum(math.prod(s.shape) for s in checkpoint.ours.stored.values())
+    name = type(checkpoint.config).__module__.rpartition(".")[2]
+    console.print(f"{args.target}: {name}, {size:,} parameters in use", highlight=False)
+    if report:
+        summary(report)
 
 
-def _tokenizer(source: Path) -> Tokenizer | None:
-    """A run's tokenizer; a published folder's travels with its other files."""
-    if not manager.is_run(source):
-        return None
-    return Tokenizer.from_path(source / manager.TOKENIZER)
+def summary(report: dict[str, Any]) -> None:
+    """The report in a few lines."""
+    uses = [use for part in report["parts"].values() for use in part["source_keys"]]
+    ignored = sum("ignored" in use for use in uses)
+    console.print(f"source tensors: {len(uses) - ignored} used, {ignored} known and ignored")
+    console.print(f"read back: {report['equal']} of {report['tensors']} tensors equal")
+    for name in report["not_finite"]:
+        console.print(f"not finite: {name}", style="yellow")
+    for part, found in report["activations"].items():
+        console.print(f"{part}: {found}", highlight=False)
+
+
+def _default(source: Path | None, given: dict[str, str], only: str) -> str:
+    if only or not (given or source):
+        return "hf"
+    if given or isinstance(read_config(source or ""), apollo.Config):
+        return "apollo"
+    return "hf"

@@ -25,11 +25,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 
-from apollo_jax.config import Experiment, from_dict
+from apollo_jax.checkpoints.run import CHECKPOINTS, CONFIG, TOKENIZER
+from apollo_jax.config import Experiment
 from apollo_jax.training.state import Arrays, Shapes, TrainState
 from data_pipeline.tokenizer import Tokenizer
 
-CONFIG, TOKENIZER, CHECKPOINTS, TORN = "config.json", "tokenizer", "checkpoints", "torn"
+TORN = "torn"
 
 # Replicas share the writing of an array only where it is worth a compiled slice.
 _ARRAYS = ocp.type_handlers.create_type_handler_registry(
@@ -45,22 +46,6 @@ def write_run(workdir: Path, experiment: Experiment, tokenizer: Tokenizer) -> No
     temporary = workdir / f"{CONFIG}.tmp"
     temporary.write_text(json.dumps(dataclasses.asdict(experiment), indent=2) + "\n")
     os.replace(temporary, workdir / CONFIG)
-
-
-def is_run(path: str | os.PathLike) -> bool:
-    """Whether `path` is the folder of a run that has checkpoints."""
-    return (Path(path) / CONFIG).is_file() and (Path(path) / CHECKPOINTS).is_dir()
-
-
-def read_experiment(workdir: str | os.PathLike) -> Experiment:
-    """The Experiment of a run. ValueError if its config.json does not fit this version."""
-    path = Path(workdir) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
-    try:
-        return from_dict(Experiment, json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 class Checkpoints:

@@ -3,26 +3,34 @@
 
 import fnmatch
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints import companions, safetensors, weights_folder
+from apollo_jax.checkpoints import adapters, companions, run, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import (
     Checkpoint,
     Part,
     Use,
     apollo_places,
+    below,
+    fresh_files,
+    part_of_weights,
     published_part,
     shapes,
+    tower_place,
 )
 from apollo_jax.checkpoints.rules import apollo as layout
+from apollo_jax.checkpoints.rules import lora
 from apollo_jax.checkpoints.rules.dialect import Dialect
 from apollo_jax.checkpoints.rules.table import misfit, slots
 from apollo_jax.checkpoints.sources import Source, Stored, open_npz, open_torch
 from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, from_dialect, to_dialect
+from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.models import apollo
+from data_pipeline.tokenizer import Tokenizer
 
 PICKLES = (".bin", ".pt", ".pth", ".tar")
 PICKLED_WEIGHTS = ("pytorch_model.bin", "model.pth.tar")
@@ -42,6 +50,8 @@ def open_checkpoint(
     folder = Path(path)
     if weights_folder.is_weights(folder):
         return weights_folder.open_weights(folder)
+    if run.is_run(folder):
+        return open_run(folder)
     if not folder.is_dir() or not (folder / companions.CONFIG).is_file():
         return _alone(foreign_part(folder, key, said or {}))
     config = layout.config(folder)
@@ -55,6 +65,18 @@ def open_checkpoint(
         for name, (place, part) in zip(folders, places.items(), strict=True)
     }
     return Checkpoint(config, parts, outside(folder))
+
+
+def read_config(path: str | os.PathLike) -> apollo.Config | layout.PartConfig:
+    """The config of what `open_checkpoint` would open, from as little as tells it."""
+    folder = Path(path)
+    if weights_folder.is_weights(folder):
+        return weights_folder.read_config(folder)
+    if run.is_run(folder):
+        return run.read_experiment(folder).model
+    if (folder / companions.CONFIG).is_file():
+        return layout.config(folder)
+    return open_checkpoint(path).config
 
 
 def _alone(part: Part) -> Checkpoint:
@@ -73,7 +95,57 @@ def open_part(folder: Path, config: layout.PartConfig, key: str = "") -> Part:
     if not safetensors.is_there(folder):
         return open_pickled(folder, config, files, key)
     tensors = safetensors.TensorFolder(folder)
+    if adapters.has_updates(tensors):
+        return translated_part(config, files, tensors, {}, folder)
     return published_part(config, files, tensors, str(folder))
+
+
+# ---- training runs
+
+
+def open_run(workdir: Path) -> Checkpoint:
+    """The latest weights of a run, with what the published folders it began from held besides."""
+    experiment = run.read_experiment(workdir)
+    config, weights = experiment.model, OrbaxArrays(run.latest_weights(workdir))
+    began, files = _origins(experiment)
+    tokenizer = Tokenizer.from_path(workdir / run.TOKENIZER)
+    parts = {}
+    for place, own in apollo_places(config).items():
+        view = below(weights, place)
+        if origin := began.get(place):
+            part = part_of_weights(own, origin.files, view, origin.unused, origin.names)
+            parts[place] = replace(part, stored=origin.stored)
+        else:
+            words = tokenizer if place == "llm" else None
+            fresh = fresh_files(own, view, words)
+            parts[place] = part_of_weights(own, fresh, view, Arrays({}), {})
+    return Checkpoint(config, parts, files)
+
+
+def _origins(experiment: Any) -> tuple[dict[str, Part], companions.Files]:
+    """The published parts that a run began from, and the files outside them."""
+    while run.is_run(Path(experiment.init_from)):
+        experiment = run.read_experiment(Path(experiment.init_from))
+    whole, parts = experiment.init_from, experiment.init_parts
+    if whole:
+        if not _is_there(whole):
+            return {}, {}
+        opened = open_checkpoint(whole)
+        return dict(opened.parts), opened.files
+    paths = {tower_place(i): parts.towers.get(n) for i, n in enumerate(experiment.model.towers)}
+    paths |= {"connector": parts.connector, "llm": parts.llm}
+    found = {place: path for place, path in paths.items() if path and _is_there(path)}
+    return {place: open_checkpoint(path).parts[""] for place, path in found.items()}, {}
+
+
+def _is_there(path: str) -> bool:
+    if not Path(path).exists():
+        warnings.warn(
+            f"{path}, from which this model was trained, is gone: an export will hold zeros for "
+            "the published tensors that the model does not use",
+            stacklevel=2,
+        )
+    return Path(path).exists()
 
 
 # ---- files without a config.json
@@ -107,6 +179,10 @@ def translated_part(
     """The part in a file whose tensors may have other names than the published ones."""
     rules = layout.RULES_BY_CONFIG[type(config)]
     published_config = companions.parse(files, companions.CONFIG, where)
+    if adapters.has_updates(source):
+        source = adapters.Merged(source, published_config)
+        published_config = lora.without(published_config)
+        files = {**files, companions.CONFIG: companions.dump(published_config)}
     dialects = getattr(rules, "dialects", lambda *_: ())(config, published_config)
     ignored = [Use(name, ignored=reason) for name, reason in passed.items()]
     dialect, names = closest(dialects, source.stored)

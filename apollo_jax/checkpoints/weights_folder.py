@@ -19,7 +19,13 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from apollo_jax.checkpoints import companions, safetensors
-from apollo_jax.checkpoints.checkpoint import Checkpoint, Part, apollo_places, part_of_weights
+from apollo_jax.checkpoints.checkpoint import (
+    Checkpoint,
+    Part,
+    apollo_places,
+    below,
+    part_of_weights,
+)
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.sources import (
     BLOCK_BYTES,
@@ -29,7 +35,7 @@ from apollo_jax.checkpoints.sources import (
     concrete,
     row_slices,
 )
-from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, is_float
+from apollo_jax.checkpoints.translate import Arrays, Renamed, is_float
 from apollo_jax.config import from_dict
 from apollo_jax.models import apollo
 
@@ -119,7 +125,8 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> Non
         _write_rest(folder / PUBLISHED / place, part)
     kind = _kind(checkpoint.config)
     content = dict(format=FORMAT, kind=kind, model=dataclasses.asdict(checkpoint.config))
-    companions.write(folder, {companions.CONFIG: companions.dump(content)})
+    text = json.dumps(content, indent=2)  # unsorted: towers stand in channel order
+    companions.write(folder, {companions.CONFIG: text.encode()})
 
 
 def _write_rest(folder: Path, part: Part) -> None:
@@ -132,43 +139,31 @@ def _write_rest(folder: Path, part: Part) -> None:
         safetensors.write(folder, Renamed(part.tensors, unused, stored))
 
 
+def read_config(folder: Path) -> Any:
+    """The config of the model in `folder`."""
+    content = json.loads((folder / companions.CONFIG).read_text())
+    return from_dict(_KINDS[content["kind"]], content["model"])
+
+
 def open_weights(folder: Path) -> Checkpoint:
     """The checkpoint that `write` wrote."""
-    content = json.loads((folder / companions.CONFIG).read_text())
-    config = from_dict(_KINDS[content["kind"]], content["model"])
-    return assemble(config, OrbaxArrays(folder / WEIGHTS), folder / PUBLISHED)
-
-
-def assemble(config: Any, weights: Source, published: Path | None = None) -> Checkpoint:
-    """A checkpoint from our parameters by their names in a run.
-
-    published: folder with what `write` put beside them; without it, fresh files and zeros.
-    """
-    if not isinstance(config, apollo.Config):
-        return Checkpoint(config, {"": _part(config, weights, "", published)})
-    places = apollo_places(config)
-    parts = {place: _part(part, weights, place, published) for place, part in places.items()}
-    files = companions.below(published, skip=places) if published else {}
-    return Checkpoint(config, parts, files)
-
-
-def _part(config: Any, weights: Source, place: str, published: Path | None) -> Part:
-    prefix = f"{place}/" if place else ""
-    own = {
-        name.removeprefix(prefix).replace("/", "."): name
-        for name in weights.stored
-        if name.startswith(prefix)
+    config = read_config(folder)
+    weights, published = OrbaxArrays(folder / WEIGHTS), folder / PUBLISHED
+    places = apollo_places(config) if isinstance(config, apollo.Config) else {"": config}
+    parts = {
+        place: _part(part, below(weights, place), published / place)
+        for place, part in places.items()
     }
-    view, folder = Renamed(weights, own), (published / place) if published else None
-    if folder is None:
-        fresh = layout.RULES_BY_CONFIG[type(config)].published(config)
-        files = {name: companions.dump(content) for name, content in fresh.items()}
-        return part_of_weights(config, files, view, Arrays({}), {})
+    outside = companions.below(published, skip=places) if "" not in places else {}
+    return Checkpoint(config, parts, outside)
+
+
+def _part(config: Any, view: Source, folder: Path) -> Part:
     files = companions.read(folder)
     said = json.loads(files.pop(LAYOUT))
     rest = folder / UNUSED
     unused = safetensors.open_file(rest) if rest.is_file() else Arrays({})
-    part = part_of_weights(config, files, view, Joined(unused), said["names"])
+    part = part_of_weights(config, files, view, unused, said["names"])
     stored = {
         spelling: Stored(s["file"], tuple(s["shape"]), s["dtype"])
         for spelling, s in said["stored"].items()

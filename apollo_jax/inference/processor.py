@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from apollo_jax.checkpoints import run, weights_folder
 from apollo_jax.checkpoints.pretrained import config_from_pretrained
+from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.models import apollo
 from data_pipeline.conversation import (
     PLACEHOLDER,
@@ -86,10 +88,8 @@ class Processor:
         Raises FileNotFoundError or ValueError naming what is missing or unknown there.
         """
         folder, sampling = Path(path), None
-        if (folder / "checkpoints").is_dir():
-            from apollo_jax.checkpoints import manager  # Orbax takes a second to import
-
-            data = manager.read_experiment(folder).data
+        if run.is_run(folder):
+            data = run.read_experiment(folder).data
             sampling = ClipSampling(
                 data.sampling_mode,
                 data.clip_duration,
@@ -97,7 +97,9 @@ class Processor:
                 min(data.max_clips or data.clips, data.clips),
                 data.uniform_frames,
             )
-            folder = folder / manager.TOKENIZER
+            folder = folder / run.TOKENIZER
+        elif weights_folder.is_weights(folder):
+            folder = folder / weights_folder.PUBLISHED / layout.LLM
         config = config_from_pretrained(path)
         if not isinstance(config, apollo.Config):
             part = type(config).__module__.rpartition(".")[2]

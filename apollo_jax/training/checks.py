@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints import run
 from apollo_jax.config import Experiment, differences, unset_paths
 from data_pipeline.loader import DataConfig
 from data_pipeline.tokenizer import Tokenizer
@@ -24,9 +24,9 @@ def continues(experiment: Experiment, workdir: Path) -> bool:
 
     Raises ValueError if its run has a config that differs in more than FREE fields.
     """
-    if not manager.is_run(workdir):
+    if not run.is_run(workdir):
         return False
-    changes = differences(manager.read_experiment(workdir), experiment)
+    changes = differences(run.read_experiment(workdir), experiment)
     wrong = [c for c in changes if not any(fnmatch.fnmatch(c.split(": ")[0], f) for f in FREE)]
     if wrong:
         lines = "\n  ".join(wrong)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints import manager, placement
+from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import open_checkpoint
 from apollo_jax.checkpoints.translate import Renamed
@@ -34,7 +34,7 @@ def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str
     path, parts = experiment.init_from, list(_parts(experiment))
     if path and parts:
         raise ValueError("config.init_from names a whole model; clear it or config.init_parts")
-    if path and manager.is_run(path):
+    if path and run.is_run(path):
         return _from_run(path, experiment, shapes)
     if path:
         return _from_folder(path, experiment, shapes), path
@@ -46,8 +46,8 @@ def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str
 
 
 def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
-    _check_config(path, manager.read_experiment(path).model, experiment.model)
-    tokenizer = Path(path) / manager.TOKENIZER
+    _check_config(path, run.read_experiment(path).model, experiment.model)
+    tokenizer = Path(path) / run.TOKENIZER
     paths = (tokenizer, experiment.data.tokenizer)
     if len({Tokenizer.from_path(p).fingerprint for p in paths}) > 1:
         raise ValueError(

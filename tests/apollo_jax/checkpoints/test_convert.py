@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from apollo_jax.checkpoints import convert
-from apollo_jax.checkpoints.manager import Checkpoints, read_experiment, write_run
+from apollo_jax.checkpoints.manager import Checkpoints, write_run
+from apollo_jax.checkpoints.run import read_experiment
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.training.state import TrainState, flatten
 from data_pipeline.loader import DataConfig, SourceConfig

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
-from apollo_jax.checkpoints.manager import Checkpoints, is_run, read_experiment
+from apollo_jax.checkpoints.manager import Checkpoints
+from apollo_jax.checkpoints.run import is_run, read_experiment
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training.state import TrainState
 

@@ -20,6 +20,7 @@ from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import apollo, qwen2
 from apollo_jax.training.state import TrainState, flatten
 from data_pipeline.loader import DataConfig
+from data_pipeline.tokenizer import Tokenizer
 
 SIGLIP = "vision_tower/siglip-so400m-patch14-384"
 INTERNVIDEO2 = "vision_tower/internvideo2"
@@ -203,7 +204,7 @@ def test_parts_take_their_folder_along_into_a_new_model(tiny, other, tmp_path):
     assert contents(tmp_path / "out" / "llm") == contents(tiny / "checkpoint" / "llm")
 
 
-def test_a_training_run_loads_like_a_folder(other, tmp_path):
+def test_a_training_run_loads_like_a_folder(other, tiny, tmp_path):
     data = DataConfig(
         sources={},
         frames=(),
@@ -216,7 +217,7 @@ def test_a_training_run_loads_like_a_folder(other, tmp_path):
         clip_duration=other.config.clip_duration,
     )
     experiment = Experiment("run", other.config, data, TrainConfig(num_steps=1))
-    manager.write_run(tmp_path, experiment, SomeTokenizer())  # pyright: ignore[reportArgumentType]
+    manager.write_run(tmp_path, experiment, Tokenizer.from_path(tiny / "checkpoint"))
     weights = {name: leaf.get_value() for name, leaf in flatten(nnx.state(other)).items()}
     checkpoints = manager.Checkpoints(tmp_path)
     checkpoints.save(1, TrainState(jnp.int32(1), weights, {}, {"count": jnp.int32(1)}), {})

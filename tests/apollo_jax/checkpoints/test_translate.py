@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views of tensors: any slice of a view is that slice of the whole, blocks are the whole in order."""
+"""Views of tensors: a slice of a view is that slice of the whole, blocks are it in order."""
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints import run
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ def test_learns_and_leaves_everything_behind(whole):
     assert found[-2][1] < 0.7 * found[0][1]
     assert found[-1][-1] < found[4][-1]
     assert sorted(os.listdir(whole / "checkpoints")) == ["00000006", "00000008"]
-    e = manager.read_experiment(whole)
+    e = run.read_experiment(whole)
     assert e.name == "tiny"
     ours, kept = (Tokenizer.from_path(p) for p in (e.data.tokenizer, whole / "tokenizer"))
     assert ours.fingerprint == kept.fingerprint

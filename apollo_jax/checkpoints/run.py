@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the folder of a training run holds (see `manager`, which writes it)."""
+
+import json
+import os
+from pathlib import Path
+
+from apollo_jax.config import Experiment, from_dict
+
+CONFIG, TOKENIZER, CHECKPOINTS, WEIGHTS = "config.json", "tokenizer", "checkpoints", "weights"
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Whether `path` is the folder of a run that has checkpoints."""
+    return (Path(path) / CONFIG).is_file() and (Path(path) / CHECKPOINTS).is_dir()
+
+
+def read_experiment(workdir: str | os.PathLike) -> Experiment:
+    """The Experiment of a run. ValueError if its config.json does not fit this version."""
+    path = Path(workdir) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
+    try:
+        return from_dict(Experiment, json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def latest_weights(workdir: Path) -> Path:
+    """The weights of the latest finished checkpoint. FileNotFoundError without one."""
+    folder = workdir / CHECKPOINTS
+    steps = sorted(p for p in folder.iterdir() if p.name.isdigit() and (p / WEIGHTS).is_dir())
+    if not steps:
+        raise FileNotFoundError(f"{folder} holds no finished checkpoint")
+    return steps[-1] / WEIGHTS
