@@ -162,7 +162,7 @@ class SigLIP(nnx.Module):
         return x.reshape(n, f, self.side, self.side, -1)
 
 
-def resized(tower: SigLIP, image_size: int) -> SigLIP:
+def with_image_size(tower: SigLIP, image_size: int) -> SigLIP:
     """The tower for images of another size, its position table resampled as big_vision does.
 
     It is a fresh model: what the folder it was loaded from holds besides stays behind.

@@ -71,7 +71,7 @@ def test_another_grid_is_resampled_as_big_vision_does(io, run, close, tmp_path):
     table = np.asarray(tower.positions[...])
     close(siglip.resampled(table, 6), io["posemb_resampled"][0])
     np.testing.assert_array_equal(siglip.resampled(table, 4), table)
-    larger = siglip.resized(tower, 44)
+    larger = siglip.with_image_size(tower, 44)
     assert larger.config == dataclasses.replace(tower.config, image_size=44)
     close(larger.positions[...], io["posemb_resampled"][0])
     np.testing.assert_array_equal(larger.layers.fc1.kernel[...], tower.layers.fc1.kernel[...])
