@@ -11,6 +11,7 @@ from flax import nnx
 
 import apollo_jax
 from apollo_jax.checkpoints.rules import siglip2 as rules
+from apollo_jax.checkpoints.rules import table as tables
 from apollo_jax.models import siglip2
 from apollo_jax.models.siglip import patchify
 from data_pipeline.transforms import preprocess
@@ -112,3 +113,14 @@ def test_squares_are_prepared_as_the_published_processor_does():
     assert spec.size == 4 * 14
     ours = patchify(jnp.asarray(preprocess(frame[None], spec)), 14).reshape(16, -1)
     np.testing.assert_allclose(ours, expected["pixel_values"][0, :16], atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [siglip2.Config.base(), siglip2.Config.so400m()])
+def test_released_sizes_to_the_last_name(config):
+    json = rules.published(config)["config.json"]
+    with torch.device("meta"):
+        theirs = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**json))
+    expected = {n.removeprefix("vision_model."): t.shape for n, t in theirs.state_dict().items()}
+    abstract = nnx.eval_shape(lambda: siglip2.SigLIP2(config, rngs=nnx.Rngs(0)))
+    slots = tables.slots(rules.table(config, json), tables.parameters(abstract))
+    assert {n.removeprefix("vision_model."): s.shape for n, s in slots.items()} == expected
