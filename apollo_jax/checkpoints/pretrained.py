@@ -24,7 +24,7 @@ from apollo_jax.checkpoints.checkpoint import (
 )
 from apollo_jax.checkpoints.opening import open_checkpoint, read_config
 from apollo_jax.checkpoints.placement import place
-from apollo_jax.checkpoints.published import appearing, write_apollo, write_parts
+from apollo_jax.checkpoints.published import appearing, claim, write_apollo, write_parts
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules.table import parameters
 from apollo_jax.checkpoints.sources import Stored
@@ -91,6 +91,20 @@ def from_pretrained(
     that does not fit.
     """
     opened = open_checkpoint(path)
+    model = build(opened, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
+    _adopt(model, opened)
+    return model
+
+
+def build(
+    opened: Checkpoint,
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    device: jax.Device | None = None,
+) -> Any:
+    """The model of a checkpoint, its parameters over `mesh` or whole on `device`."""
     module: Any = (
         apollo.Apollo
         if isinstance(opened.config, apollo.Config)
@@ -99,7 +113,7 @@ def from_pretrained(
     kw = dict(dtype=dtype, param_dtype=param_dtype)
     model = nnx.eval_shape(lambda: module(opened.config, rngs=nnx.Rngs(0), **kw))
     graphdef, state = nnx.split(model)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0])
     places = nnx.to_flat_state(param_shardings(state, mesh)) if mesh else None
     loaded = []
     for i, (key, leaf) in enumerate(nnx.to_flat_state(state)):
@@ -107,9 +121,7 @@ def from_pretrained(
         like = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         name = "/".join(map(str, key))
         loaded.append((key, leaf.replace(place(opened.ours, {name: like})[name])))
-    model = nnx.merge(graphdef, nnx.from_flat_state(loaded))
-    _adopt(model, opened)
-    return model
+    return nnx.merge(graphdef, nnx.from_flat_state(loaded))
 
 
 def _adopt(model: Any, opened: Checkpoint) -> None:
@@ -154,9 +166,8 @@ def save_pretrained(
       max_shard_size: like '5GB'; default the shards that were read, 5 GB for new ones.
       overwrite: replace an existing `path` (FileExistsError otherwise).
     """
-    target = Path(path)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another path or pass overwrite=True")
+    target = Path(os.path.abspath(path))
+    claim(target, overwrite)
     kw = dict(dtype=None if dtype is None else jnp.dtype(dtype).name, max_shard_size=max_shard_size)
     checkpoint = checkpoint_of(model, tokenizer)
     write: Any = write_apollo if isinstance(model, apollo.Apollo) else write_parts
