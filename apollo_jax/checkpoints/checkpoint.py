@@ -6,7 +6,7 @@ Everything that loads, converts or proves begins with one (see `opening`).
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,7 @@ class Part:
     names: Mapping[str, str] = field(default_factory=dict)  # -> as the folder spells it
     stored: Mapping[str, Stored] = field(default_factory=dict)  # in the folder, by its spelling
     uses: tuple[Use, ...] = ()
+    made_up: tuple[str, ...] = ()  # tensors that no source holds: zeros
 
     @cached_property
     def ours(self) -> Translated:
@@ -173,7 +174,28 @@ def part_of_weights(
     copies = {c: of for c, of in table.copies.items() if not names or c in names}
     tensors = Joined(Arrays({}, zeros), unused, seen_as_published(weights, expected))
     tensors = Renamed(tensors, {n: n for n in expected} | copies)
-    return Part(config, files, expected, tensors, copies, names)
+    return Part(
+        config,
+        files,
+        expected,
+        tensors,
+        copies,
+        names,
+        uses=tuple(weight_uses(expected, unused.stored)),
+        made_up=tuple(name for name in zeros if name not in unused.stored),
+    )
+
+
+def weight_uses(expected: Mapping[str, Slot], unused: Collection[str]) -> Iterator[Use]:
+    """What becomes of our parameters, and of the tensors kept for the way back."""
+    goes: dict[str, list[str]] = {}
+    for name, slot in expected.items():
+        if slot.path:
+            goes.setdefault(slot.path, []).append(name)
+    for path, [first, *more] in goes.items():
+        yield Use(path, goes_to=f"{first} ... {more[-1]}" if more else first)
+    for name in unused:
+        yield Use(name, ignored=expected[name].reason)
 
 
 def same_bits(source: Source, a: str, b: str) -> bool:

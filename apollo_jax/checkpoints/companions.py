@@ -68,9 +68,9 @@ def state_dtype(files: Files, dtype: str) -> Files:
     return out
 
 
-def sync(folder: Path) -> None:
-    """Have everything under `folder` on disk before it gets its final name."""
-    for file in folder.rglob("*"):
+def sync(path: Path) -> None:
+    """Have a file, or everything under a folder, on disk before it gets its final name."""
+    for file in [path, *path.rglob("*")]:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())

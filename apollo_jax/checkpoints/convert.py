@@ -6,26 +6,28 @@ the target wants it (`translate`) and written block by block, under another name
 """
 
 import argparse
+import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from apollo_jax.checkpoints import npz, parts, proof, weights_folder
+from apollo_jax.checkpoints import activations, npz, parts, proof, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import PICKLES, open_checkpoint, read_config
-from apollo_jax.checkpoints.published import appearing, write_apollo, write_parts
+from apollo_jax.checkpoints.published import appearing, claim, write_apollo, write_parts
 from apollo_jax.models import apollo
 
 FROM = ("hf", "big_vision", "torch", "orbax")
 TO = ("apollo", "hf", "big_vision", "orbax")
 DTYPES = ("float32", "bfloat16", "float16")
 REPORT = "conversion_report.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 console = Console()
 
@@ -66,10 +68,14 @@ def convert(
     Returns the checkpoint that was written, and the report (empty without `verify`).
     Raises FileExistsError, FileNotFoundError, ValueError, OSError (disk full), naming what it is.
     """
-    target = Path(target)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; choose another path or give --overwrite")
+    target = Path(os.path.abspath(target))
+    check_apart([source] * (source is not None) + [*(given or {}).values()], target)
+    claim(target, overwrite)
+    if connector and (given or {}).get(parts.CONNECTOR) != parts.FRESH:
+        raise ValueError("--connector describes a fresh one: give --part connector=fresh with it")
     if given:
+        if key or said:
+            raise ValueError("--key and --config are of a single source, not of --part")
         checkpoint = parts.assemble(source, given, connector=connector)
     elif source is None:
         raise ValueError("give a source, or the parts to assemble: --part NAME=PATH")
@@ -78,6 +84,7 @@ def convert(
     if only:
         checkpoint = parts.one(checkpoint, only)
     checkpoint = changes.apply(checkpoint)
+    check_options(target, to, max_shard_size=max_shard_size, scan=scan)
     write = writer(checkpoint, to, dtype=dtype, max_shard_size=max_shard_size, scan=scan)
     report: dict[str, Any] = {}
     with appearing(target) as temporary:
@@ -85,7 +92,8 @@ def convert(
         if verify:
             report = dict(source=str(source or given), target=str(target), to=to)
             report |= dict(changes=changes.said(), dtype=dtype)
-            report |= proof.report(checkpoint, temporary, dtype=dtype)
+            origin = (given or {}).get(only, source)
+            report |= proof.report(checkpoint, temporary, dtype=dtype, source=origin, given=given)
             proof.check(report)
             if temporary.is_dir():
                 (temporary / REPORT).write_text(json.dumps(report, indent=1) + "\n")
@@ -116,13 +124,40 @@ def writer(
     raise ValueError(f"--to {to} is unknown; known: {', '.join(TO)}")
 
 
+def check_apart(sources: Iterable[str | os.PathLike], target: Path) -> None:
+    """ValueError if the target lies in a source, or a source in the target; a source itself may
+    be overwritten."""
+    for source in sources:
+        path = Path(os.path.abspath(str(source).partition(".npz:")[0]))
+        if path in target.parents:
+            raise ValueError(f"{target} lies inside {source}, which is read; write it elsewhere")
+        if target in path.parents:
+            raise ValueError(f"{source}, which is read, lies inside {target}; write it elsewhere")
+
+
+def check_options(target: Path, to: str, *, max_shard_size: str | None, scan: bool) -> None:
+    """ValueError for options that `to` has no use for."""
+    if (to == "big_vision") != (target.suffix == ".npz"):
+        kind = "an .npz" if to == "big_vision" else "a folder"
+        raise ValueError(f"--to {to} writes {kind}, which {target} is not")
+    if scan and to != "big_vision":
+        raise ValueError(f"--scan is of big_vision's layout, not of --to {to}")
+    if max_shard_size and to not in ("apollo", "hf"):
+        raise ValueError(f"--max-shard-size is of safetensors, not of --to {to}")
+
+
 def kind_of(path: Path) -> str:
     """Which of FROM a path is."""
-    name = str(path)
-    if ".npz" in name:
+    if ".npz" in path.name:
         return "big_vision"
-    if path.suffix in PICKLES or any(path.glob("*.bin")) or any(path.glob("*.tar")):
+    if path.suffix in PICKLES:
         return "torch"
+    if path.is_dir() and not safetensors.is_there(path):
+        found = {file.suffix for file in path.iterdir()}
+        if ".npz" in found:
+            return "big_vision"
+        if found & {*PICKLES}:
+            return "torch"
     if weights_folder.is_weights(path) or (path / "checkpoints").is_dir():
         return "orbax"
     return "hf"
@@ -147,13 +182,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--key", default="", help="part of the file, like target_encoder or img")
     parser.add_argument(
         "--config",
-        type=json.loads,
+        type=fields,
         default={},
         metavar="JSON",
         help="of a file that has none",
     )
     parser.add_argument(
-        "--connector", type=json.loads, default={}, metavar="JSON", help="fields of a fresh one"
+        "--connector", type=fields, default={}, metavar="JSON", help="fields of a fresh one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of what is written; default: as stored")
     parser.add_argument("--max-shard-size", metavar="5GB")
@@ -163,7 +198,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--verify", action="store_true", help=f"read back, compare, write {REPORT}")
     parser.add_argument("--overwrite", action="store_true")
     args = parser.parse_args(argv)
-    source, given = args.source, dict(part.partition("=")[::2] for part in args.part)
+    source, given = args.source, named(args.part)
     if source and args.source_kind and (found := kind_of(source)) != args.source_kind:
         raise ValueError(f"--from {args.source_kind}: {source} looks like {found}")
     try:
@@ -184,12 +219,41 @@ def main(argv: list[str]) -> None:
             verify=args.verify,
         )
     except ImportError as error:
-        sys.exit(str(error))
+        sys.exit(f"apollo-jax convert: {error}")
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError as error:
+        full = "the disk is full, nothing was kept of" if error.errno in FULL else "cannot write"
+        raise ValueError(f"{full} {args.target}: {error}") from error
     size = sum(math.prod(s.shape) for s in checkpoint.ours.stored.values())
     name = type(checkpoint.config).__module__.rpartition(".")[2]
     console.print(f"{args.target}: {name}, {size:,} parameters in use", highlight=False)
     if report:
         summary(report)
+
+
+def named(texts: list[str]) -> dict[str, str]:
+    """{name: path} of NAME=PATH. ValueError for what is not like that, or given twice."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--part {text} is not like NAME=PATH")
+        if name in found:
+            raise ValueError(f"--part {name} is given twice: {found[name]} and {path}")
+        found[name] = path
+    return found
+
+
+def fields(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(f'{text} is not like {{"num_attention_heads": 12}}')
+    return content
 
 
 def summary(report: dict[str, Any]) -> None:
@@ -201,7 +265,7 @@ def summary(report: dict[str, Any]) -> None:
     for name in report["not_finite"]:
         console.print(f"not finite: {name}", style="yellow")
     for part, found in report["activations"].items():
-        console.print(f"{part}: {found}", highlight=False)
+        console.print(f"{part}: {activations.said(found)}", highlight=False)
 
 
 def _default(source: Path | None, given: dict[str, str], only: str) -> str:

@@ -6,10 +6,11 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints import adapters, companions, run, safetensors, weights_folder
+from apollo_jax.checkpoints import adapters, companions, flat, run, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import (
     Checkpoint,
     Part,
@@ -25,6 +26,7 @@ from apollo_jax.checkpoints.checkpoint import (
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules import lora
 from apollo_jax.checkpoints.rules.dialect import Dialect
+from apollo_jax.checkpoints.rules.fields import check_fields
 from apollo_jax.checkpoints.rules.table import misfit, slots
 from apollo_jax.checkpoints.sources import Source, Stored, open_npz, open_torch
 from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, from_dialect, to_dialect
@@ -48,18 +50,23 @@ def open_checkpoint(
     that does not fit.
     """
     folder = Path(path)
-    if weights_folder.is_weights(folder):
-        return weights_folder.open_weights(folder)
-    if run.is_run(folder):
-        return open_run(folder)
+    if weights_folder.is_weights(folder) or run.is_run(folder):
+        _check_no_key(folder, key)
+        if said:
+            raise ValueError(f"{folder} has a {companions.CONFIG}: --config is for what has none")
+        is_run = run.is_run(folder)
+        return open_run(folder) if is_run else weights_folder.open_weights(folder)
     if not folder.is_dir() or not (folder / companions.CONFIG).is_file():
         return _alone(foreign_part(folder, key, said or {}))
-    config = layout.config(folder)
+    if said:
+        raise ValueError(f"{folder} has a {companions.CONFIG}: --config is for what has none")
+    config = _config(folder)
     if not isinstance(config, apollo.Config):
         return _alone(open_part(folder, config, key))
-    folders = [f"{layout.TOWERS}/{name}" for name in config.towers]
-    folders += [layout.CONNECTOR, layout.LLM]
-    places = apollo_places(config)
+    if flat.is_flat(folder):
+        return open_flat(folder, config, key)
+    _check_no_key(folder, key)
+    folders, places = _folders(config), apollo_places(config)
     parts = {
         place: open_part(folder / name, part)
         for name, (place, part) in zip(folders, places.items(), strict=True)
@@ -75,8 +82,24 @@ def read_config(path: str | os.PathLike) -> apollo.Config | layout.PartConfig:
     if run.is_run(folder):
         return run.read_experiment(folder).model
     if (folder / companions.CONFIG).is_file():
-        return layout.config(folder)
+        return _config(folder)
     return open_checkpoint(path).config
+
+
+def _config(folder: Path) -> Any:
+    """The config of a published folder."""
+    read = partial(flat.read, folder) if flat.is_flat(folder) else companions.read
+    return layout.config(folder, read)
+
+
+def _folders(config: apollo.Config) -> list[str]:
+    """The folders of an Apollo's parts, in the order of `apollo_places`."""
+    return [*(f"{layout.TOWERS}/{name}" for name in config.towers), layout.CONNECTOR, layout.LLM]
+
+
+def _check_no_key(path: Path, key: str) -> None:
+    if key:
+        raise ValueError(f"--key {key}: {path} is no pickle and no .npz with several parts")
 
 
 def _alone(part: Part) -> Checkpoint:
@@ -94,10 +117,55 @@ def open_part(folder: Path, config: layout.PartConfig, key: str = "") -> Part:
     files = companions.read(folder)
     if not safetensors.is_there(folder):
         return open_pickled(folder, config, files, key)
-    tensors = safetensors.TensorFolder(folder)
-    if adapters.has_updates(tensors):
-        return translated_part(config, files, tensors, {}, folder)
-    return published_part(config, files, tensors, str(folder))
+    _check_no_key(folder, key)
+    return described_part(config, files, safetensors.TensorFolder(folder), folder)
+
+
+def described_part(
+    config: layout.PartConfig, files: companions.Files, tensors: Source, where: Path
+) -> Part:
+    """The part that a config.json describes, whose tensors have their published names or others."""
+    if adapters.has_updates(tensors) or _in_dialect(config, files, tensors, where):
+        return translated_part(config, files, tensors, {}, where)
+    return published_part(config, files, tensors, str(where))
+
+
+def _in_dialect(
+    config: layout.PartConfig, files: companions.Files, tensors: Source, where: Path
+) -> bool:
+    """Whether a dialect explains more names than the published ones and their other spellings."""
+    rules = layout.RULES_BY_CONFIG[type(config)]
+    said = companions.parse(files, companions.CONFIG, where)
+    dialects = getattr(rules, "dialects", lambda *_: ())(config, said)
+    dialect, names = closest(dialects, tensors.stored)
+    if dialect is None:
+        return False
+    known = slots(rules.table(config, said), shapes(config))
+    published = {*known, *(slot.alias for slot in known.values())}
+    found = tensors.stored.keys()
+    return len(found & {*names.values()}) > len(found & published)
+
+
+# ---- an Apollo in one flat set of tensors
+
+
+def open_flat(folder: Path, config: apollo.Config, key: str) -> Checkpoint:
+    """A whole Apollo as its training code saves it."""
+    if safetensors.is_there(folder):
+        _check_no_key(folder, key)
+        source, passed = safetensors.TensorFolder(folder), {}
+    else:
+        source, passed = open_torch(folder / PICKLED_WEIGHTS[0], key)
+    found, ignored = flat.split(source.stored, list(config.towers), str(folder))
+    ignored += [Use(name, ignored=reason) for name, reason in passed.items()]
+    parts: dict[str, Part] = {}
+    for name, (place, own) in zip(_folders(config), apollo_places(config).items(), strict=True):
+        names, files = found[name], flat.read(folder, folder / name)
+        part = described_part(own, files, Renamed(source, names), folder / name)
+        used = [replace(use, tensor=names.get(use.tensor, use.tensor)) for use in part.uses]
+        parts[place] = replace(part, stored={}, uses=(*used, *ignored))
+        ignored = []
+    return Checkpoint(config, parts, flat.outside(folder))
 
 
 # ---- training runs
@@ -161,12 +229,21 @@ def foreign_part(path: Path, key: str, said: Mapping[str, Any]) -> Part:
         published = recognise(found, dict(said)) if recognise else None
         if published is not None:
             files = {name: companions.dump(content) for name, content in published.items()}
-            return translated_part(rules.config(published, str(path)), files, source, passed, path)
+            config = layout.checked(rules.config(published, str(path)), str(path))
+            check_fields(said, _fields(rules, config), "--config")
+            return translated_part(config, files, source, passed, path)
     some = ", ".join(sorted(found)[:5])
     raise ValueError(
         f"{path}: its tensors ({some}, ...) are of no known layout; a folder with the published "
         "config.json beside the weights says what they are"
     )
+
+
+def _fields(rules: Any, config: Any) -> set[str]:
+    """What may be said of a part in its published JSON files."""
+    files = rules.published(config).values()
+    inner = [f for content in files for f in content.values() if isinstance(f, dict)]
+    return {*rules.KNOWN, *rules.FIXED}.union(*files, *inner)
 
 
 def translated_part(
@@ -200,7 +277,8 @@ def translated_part(
     part = published_part(config, files, tensors, str(where))
     goes = {name: link.published for link in dialect.links for name in link.foreign}
     uses = [Use(names[name], goes_to=", ".join(to)) for name, to in goes.items()]
-    return replace(part, names={}, stored={}, uses=(*uses, *ignored))
+    rest: Any = dict(uses=(*uses, *ignored), made_up=tuple(dialect.absent))
+    return replace(part, names={}, stored={}, **rest)
 
 
 def closest(
@@ -270,6 +348,7 @@ def open_file(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:
     if path.suffix == ".npz":
         return open_npz(path, key), {}
     if path.suffix == ".safetensors":
+        _check_no_key(path, key)
         return safetensors.open_file(path), {}
     if path.suffix in PICKLES:
         return open_torch(path, key)

@@ -23,7 +23,10 @@ from apollo_jax.checkpoints.checkpoint import (
     tower_place,
 )
 from apollo_jax.checkpoints.opening import open_checkpoint
+from apollo_jax.checkpoints.rules import apollo as layout
+from apollo_jax.checkpoints.rules import connector as rules
 from apollo_jax.checkpoints.rules import qwen2 as decoder
+from apollo_jax.checkpoints.rules.fields import check_fields
 from apollo_jax.checkpoints.rules.table import parameters
 from apollo_jax.checkpoints.translate import Arrays, Padded, Renamed
 from apollo_jax.models import apollo, connectors, qwen2
@@ -56,7 +59,10 @@ def assemble(
     if base is not None and not isinstance(base.config, apollo.Config):
         raise ValueError(f"{source} is one part; parts are replaced in a whole Apollo")
     parts = _named(base)
+    layout.check_names(given, "--part")
     for name, path in given.items():
+        if path == FRESH and name != CONNECTOR:
+            raise ValueError(f"--part {name}=fresh: only the connector can be fresh")
         if not (name == CONNECTOR and path == FRESH):
             parts[name] = _only_part(name, path)
     towers: dict[str, Any] = {
@@ -100,14 +106,13 @@ def _only_part(name: str, path: str) -> Part:
 
 def fresh_connector(towers: Mapping[str, Any], llm: Any, fields: dict[str, Any], seed: int) -> Part:
     """A connector with random weights between `towers` and `llm`."""
-    config = connectors.Config(
-        **{
-            "vision_hidden_size": sum(t.hidden_size for t in towers.values()),
-            "text_hidden_size": llm.hidden_size,
-            "token_input_shape": common_grid(dict(towers)),
-            **fields,
-        }
+    check_fields(fields, rules.KNOWN, "--connector")
+    fitting = dict(
+        vision_hidden_size=sum(t.hidden_size for t in towers.values()),
+        text_hidden_size=llm.hidden_size,
+        token_input_shape=list(common_grid(dict(towers))),
     )
+    config = rules.config({companions.CONFIG: fitting | fields}, "--connector")
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         module = connectors.Connector(config, rngs=nnx.Rngs(seed))
     weights = Arrays({path: np.asarray(leaf) for path, leaf in parameters(module).items()})

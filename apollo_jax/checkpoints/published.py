@@ -2,7 +2,9 @@
 """Writing the published layout: a whole Apollo, or its parts each in their own folder."""
 
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,19 +22,59 @@ def appearing(target: Path) -> Iterator[Path]:
 
     What `target` was before is replaced last.
     """
-    temporary = target.with_name(f"{target.name}.tmp-{os.getpid()}{target.suffix}")
-    _remove(temporary)
+    own = f"{socket.gethostname()}-{os.getpid()}"
+    temporary = target.with_name(f"{target.name}.tmp-{own}{target.suffix}")
+    old = target.with_name(f"{target.name}.old-{own}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         companions.sync(temporary)
-        old = target.with_name(f"{target.name}.old-{os.getpid()}")
         if target.exists():
             os.rename(target, old)
         os.rename(temporary, target)
         _remove(old)
     finally:
         _remove(temporary)
+
+
+def claim(target: Path, overwrite: bool) -> None:
+    """Make sure that `target` may be written; clear away what a killed process left of it.
+
+    FileExistsError if it is there and not to be overwritten, ValueError if it is no checkpoint.
+    """
+    if target.parent.is_dir():
+        _clear(target)
+    if target.exists() and not overwrite:
+        how = "pass overwrite=True (--overwrite)"
+        raise FileExistsError(f"{target} exists; choose another path or {how}")
+    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
+        raise ValueError(f"{target} holds something else than a checkpoint: not overwritten")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint, or the parts of one each in its own."""
+    return any((at / companions.CONFIG).is_file() for at in (folder, *folder.iterdir()))
+
+
+def _clear(target: Path) -> None:
+    """Remove what processes of this host left that are no more; give back what one had moved."""
+    name, host = re.escape(target.name), re.escape(socket.gethostname())
+    for path in target.parent.iterdir():
+        found = re.match(rf"{name}\.(tmp|old)-{host}-(\d+)", path.name)
+        if found and (int(found[2]) == os.getpid() or not _alive(int(found[2]))):
+            if found[1] == "old" and not target.exists():
+                os.rename(path, target)
+            _remove(path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -147,7 +147,7 @@ def parse_size(size: str | int) -> int:
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"\s*(\d+)\s*([KMG]?I?)B?\s*", size.upper())
-    if not match or match[2] not in UNITS:
+    if not match or match[2] not in UNITS or not int(match[1]):
         raise ValueError(f"size {size!r} is not like '5GB', '200MB' or '1GiB'")
     return int(match[1]) * UNITS[match[2]]
 
@@ -174,9 +174,18 @@ def _files(path: Path) -> list[str]:
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        return json.loads((path / INDEX).read_text())["weight_map"]
+        listed = dict(json.loads((path / INDEX).read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path / INDEX} is not a safetensors index: {error!r}") from error
+    for file in listed.values():
+        check_plain(file, str(path / INDEX))
+    return listed
+
+
+def check_plain(file: Any, where: str) -> None:
+    """ValueError if a listed file is not the plain name of one in its folder: no way out of it."""
+    if not isinstance(file, str) or not file or file == ".." or re.search(r"[/\\\0]", file):
+        raise ValueError(f"{where} lists {file!r}: not the name of a file in its folder; refused")
 
 
 def _check_index(path: Path, found: dict[str, str]) -> None:

@@ -6,6 +6,8 @@ what is resident is what was asked for.
 """
 
 import os
+import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -138,10 +140,12 @@ def open_npz(path: Path, subtree: str = "") -> Source:
                     shape, dtype = _npy_header(file, f"{path}: {entry.filename}")
                     header = file.tell()
                 stored[name] = Stored(path.name, shape, dtype)
+                if entry.file_size != header + stored[name].nbytes:
+                    raise ValueError(f"{path}: {entry.filename} is shorter or longer than it says")
                 extents[name] = Extent(path, _data_offset(path, entry) + header)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError) as error:  # the last: encrypted
         raise ValueError(f"{path} is not a readable .npz: {error}; copy it again") from error
     if not stored:
         raise ValueError(f"{path} holds no array" + (f" below {subtree!r}" if subtree else ""))
@@ -157,17 +161,23 @@ def _below(name: str, prefix: str) -> str:
 
 
 def _npy_header(file: Any, where: str) -> tuple[tuple[int, ...], str]:
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-        version, np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}.get(
+            version, np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read(file)
+    except ValueError as error:
+        raise ValueError(f"{where} is no array of numpy's: {error}") from error
     if dtype.hasobject:
         raise ValueError(f"{where} holds Python objects, not numbers: refused")
     if fortran and len(shape) > 1:
         raise ValueError(f"{where} is in Fortran order; write it again in C order")
-    name = "bfloat16" if dtype.str == "|V2" else dtype.name
-    return shape, name
+    if dtype.str == "|V2":  # as numpy saves bfloat16
+        return shape, "bfloat16"
+    if dtype.kind not in "biufc" or dtype.byteorder == ">":
+        raise ValueError(f"{where} is {dtype.str}; numbers, little-endian, are read")
+    return shape, dtype.name
 
 
 def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
@@ -188,10 +198,10 @@ class TorchTensors:
     """Tensors that torch mapped into memory."""
 
     def __init__(self, path: Path, tensors: dict[str, Any]):
-        self._tensors = tensors
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.stored = {
             name: Stored(path.name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
-            for name, t in tensors.items()
+            for name, t in self._tensors.items()
         }
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
@@ -218,14 +228,23 @@ def open_torch(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:
             f"{path} is a pickle, which takes PyTorch to read: pip install 'apollo_jax[torch]'"
         ) from None
     try:
-        content = torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles of another protocol, read or refused
+            content = torch.load(path, map_location="cpu", mmap=_is_zip(path), weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch raises many kinds, all of them about this file
-        said = str(error).strip().splitlines()
-        reason = next((line for line in said if "GLOBAL" in line or "global" in line), said[0])
-        raise ValueError(f"{path} is not a plain file of tensors: {reason.strip()}") from error
+        raise ValueError(f"{path}: {_refusal(str(error))}") from error
     return _state_dict(path, content, key)
+
+
+def _refusal(said: str) -> str:
+    """What is wrong with a pickle, out of the many lines that torch says."""
+    if found := re.search(r"GLOBAL ([\w.]+)", said):
+        return f"it holds {found[1]}, which is no tensor; such pickles run code: refused unread"
+    if "weights_only" in said:
+        return "it is a pickle of something else than tensors: refused unread"
+    return "it is truncated, corrupt, or no file of PyTorch's; copy it again"
 
 
 def _is_zip(path: Path) -> bool:
@@ -249,4 +268,7 @@ def _state_dict(path: Path, content: Any, key: str) -> tuple[Source, dict[str, s
         content = content[chosen]
     passed |= {str(n): "no tensor" for n, v in content.items() if not isinstance(v, torch.Tensor)}
     tensors = {str(n): t for n, t in content.items() if isinstance(t, torch.Tensor)}
+    odd = [n for n, t in tensors.items() if t.layout is not torch.strided or t.is_quantized]
+    if odd:
+        raise ValueError(f"{path}: {', '.join(odd[:5])}: sparse or quantized; save it dense")
     return TorchTensors(path, tensors), passed

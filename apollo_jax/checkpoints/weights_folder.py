@@ -108,7 +108,11 @@ def is_weights(folder: Path) -> bool:
     path = folder / companions.CONFIG
     if not (folder / WEIGHTS).is_dir() or not path.is_file():
         return False
-    return json.loads(path.read_text()).get("format") == FORMAT
+    return _json(path).get("format") == FORMAT
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return companions.parse({path.name: path.read_bytes()}, path.name, path.parent)
 
 
 def write(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> None:
@@ -141,8 +145,16 @@ def _write_rest(folder: Path, part: Part) -> None:
 
 def read_config(folder: Path) -> Any:
     """The config of the model in `folder`."""
-    content = json.loads((folder / companions.CONFIG).read_text())
-    return from_dict(_KINDS[content["kind"]], content["model"])
+    content = _json(folder / companions.CONFIG)
+    if content.get("kind") not in _KINDS:
+        raise ValueError(f"{folder / companions.CONFIG}: kind {content.get('kind')!r} is unknown")
+    try:
+        config = from_dict(_KINDS[content["kind"]], content.get("model"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / companions.CONFIG}: {error}") from error
+    if isinstance(config, apollo.Config):
+        layout.check_names(config.towers, str(folder / companions.CONFIG))
+    return config
 
 
 def open_weights(folder: Path) -> Checkpoint:
@@ -160,7 +172,10 @@ def open_weights(folder: Path) -> Checkpoint:
 
 def _part(config: Any, view: Source, folder: Path) -> Part:
     files = companions.read(folder)
-    said = json.loads(files.pop(LAYOUT))
+    said = companions.parse(files, LAYOUT, folder)
+    del files[LAYOUT]
+    for stored in said["stored"].values():
+        safetensors.check_plain(stored["file"], str(folder / LAYOUT))
     rest = folder / UNUSED
     unused = safetensors.open_file(rest) if rest.is_file() else Arrays({})
     part = part_of_weights(config, files, view, unused, said["names"])

@@ -2,6 +2,8 @@
 """The official Apollo folder: which part lies where, and its root config files."""
 
 import dataclasses
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from apollo_jax.checkpoints.rules.fields import take
 from apollo_jax.models.apollo import Config
 from apollo_jax.models.vision_tower import TowerConfig, common_grid
 
+Read = Callable[[Path], companions.Files]
 PartConfig = TowerConfig | connector.Config | qwen2.Config
 ONE_FEATURE = (vjepa.Config, vjepa2.Config)  # whatever mm_vision_select_layer says
 
@@ -61,6 +64,7 @@ PARTS: dict[str, Any] = {
     "qwen2": qwen2,
     "Qwen2ForCausalLM": qwen2,
 }
+TOWER_CONFIGS = tuple({rules.Config for rules in PARTS.values()} - {connector.Config, qwen2.Config})
 RULES: dict[type, Any] = {rules.MODEL: rules for rules in PARTS.values()}
 RULES_BY_CONFIG: dict[type, Any] = {rules.Config: rules for rules in PARTS.values()}
 
@@ -69,27 +73,31 @@ KNOWN = dict(clip_duration=2.0, mm_vision_select_layer=-2)
 FIXED = dict(interpolate_mode="linear", use_mm_start_end=False)
 
 
-def config(folder: Path) -> Config | PartConfig:
+def config(folder: Path, read: Read = companions.read) -> Config | PartConfig:
     """The config of an Apollo folder, or of a folder with one part.
 
+    read: the files of a folder in it, which may be there or not.
     Raises FileNotFoundError or ValueError naming the file and the field.
     """
-    if _kind(companions.read(folder), folder) != "apollo":
-        return part_config(folder)
-    root, towers = _json(folder), _json(folder / TOWERS)
+    if _kind(read(folder), folder) != "apollo":
+        return part_config(folder, read)
+    root, towers = (
+        companions.parse(read(at), companions.CONFIG, at) for at in (folder, folder / TOWERS)
+    )
     fields = take(root, KNOWN, FIXED, f"{folder / companions.CONFIG}")
     layer, names = fields["mm_vision_select_layer"], towers.get("vision_towers")
     if layer >= 0:
         raise ValueError(f"{folder / companions.CONFIG}: mm_vision_select_layer must be negative")
-    if not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not names:
         raise ValueError(f"{folder / TOWERS / companions.CONFIG}: vision_towers must list folders")
-    parts = {name: part_config(folder / TOWERS / name) for name in names}
+    check_names(names, str(folder / TOWERS / companions.CONFIG))
+    parts = {name: part_config(folder / TOWERS / name, read, *TOWER_CONFIGS) for name in names}
     frames = [getattr(t, "num_frames", 0) for t in parts.values()]
     try:
         return Config(
             towers={n: _at_layer(t, layer) for n, t in parts.items()},
-            connector=part_config(folder / CONNECTOR),
-            llm=part_config(folder / LLM),
+            connector=part_config(folder / CONNECTOR, read, connector.Config),
+            llm=part_config(folder / LLM, read, qwen2.Config),
             clip_duration=fields["clip_duration"],
             frames_per_clip=max(frames) or Config.frames_per_clip,
         )
@@ -103,15 +111,34 @@ def _at_layer(tower: TowerConfig, layer: int) -> TowerConfig:
     return dataclasses.replace(tower, feature_layer=layer)
 
 
-def part_config(folder: Path) -> Any:
-    """The config of a folder with one tower, connector or decoder."""
-    files = companions.read(folder)
+def check_names(names: Iterable[Any], where: str) -> None:
+    """ValueError unless each may name a tower: its folder, and no path out of the checkpoint."""
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{where}: {name!r} is no name for a tower; use letters, digits, -._")
+
+
+def part_config(folder: Path, read: Read = companions.read, *kinds: type) -> Any:
+    """The config of a folder with one tower, connector or decoder; of `kinds`, if any are given."""
+    files = read(folder)
     rules = PARTS.get(_kind(files, folder))
     if rules is None:
         raise ValueError(f"{folder} holds a whole Apollo where a part of one is expected")
     names = (companions.CONFIG, companions.PREPROCESSOR, companions.VIDEO_PREPROCESSOR)
     said = {n: companions.parse(files, n, folder) for n in names if n in files}
-    return rules.config(said, str(folder))
+    found = checked(rules.config(said, str(folder)), str(folder))
+    if kinds and type(found) not in kinds:
+        kind = rules.__name__.rpartition(".")[2]
+        raise ValueError(f"{folder} holds a {kind}, which cannot be there")
+    return found
+
+
+def checked(c: Any, where: str) -> Any:
+    """The config of a part, whose heads share its width equally; ValueError if they do not."""
+    heads = getattr(c, "num_attention_heads", getattr(c, "num_heads", 1))
+    if type(c) in TOWER_CONFIGS and (heads < 1 or c.hidden_size % heads):
+        raise ValueError(f"{where}: {heads} heads do not divide a width of {c.hidden_size}")
+    return c
 
 
 def _kind(files: companions.Files, folder: Path) -> str:
@@ -124,10 +151,6 @@ def _kind(files: companions.Files, folder: Path) -> str:
         f"{folder / companions.CONFIG}: model_type {said[0]!r} is not known; known: apollo, "
         f"{', '.join(known)}"
     )
-
-
-def _json(folder: Path) -> dict[str, Any]:
-    return companions.parse(companions.read(folder), companions.CONFIG, folder)
 
 
 def published(c: Config, parts: dict[str, dict[str, Any]], dtype: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -37,6 +38,16 @@ def take(
     if problems:
         raise ValueError(f"{where}: {'; '.join(problems)}")
     return {name: _like(published.get(name, default), default) for name, default in known.items()}
+
+
+def check_fields(said: Iterable[str], known: Iterable[str], where: str) -> None:
+    """ValueError naming the fields that a user says and nobody knows."""
+    names = sorted(known)
+    for name in said:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            guess = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+            raise ValueError(f"{where}: {name} is no field of the config; {guess}")
 
 
 def _fits(value: Any, default: Any) -> bool:
