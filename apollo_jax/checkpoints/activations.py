@@ -1,13 +1,348 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same input through a checkpoint here and in transformers: differences layer by layer."""
+"""The same input through a checkpoint here and in transformers: differences layer by layer.
 
+Theirs is what was written, loaded strictly by their own class; ours is what was read. Both compute
+in float32 on the CPU, one after the other, so that one of them is in memory at a time.
+
+    {"class": "Qwen2ForCausalLM", "transformers": "5.23.0", "input": [1, 64],
+     "layers": [DIFFERENCE, ...],   of the first layer's input, then of every layer's output
+     "output": DIFFERENCE,          of the logits or the normed features, where ours computes them
+     "kl": 3e-12,                   of the logits: theirs from ours, mean over positions
+     "rounded": ["float32 to bfloat16"]}
+    {"skipped": why}                nothing was compared
+    {"failed": why}                 the conversion is wrong
+
+DIFFERENCE: {"max_abs": of all elements, "relative": the same as a share of the largest element}
+"""
+
+import math
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints.checkpoint import Checkpoint
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from apollo_jax.checkpoints.checkpoint import Checkpoint, Part, write_part
+from apollo_jax.checkpoints.pretrained import build
+from apollo_jax.checkpoints.translate import is_float
+from apollo_jax.models import dinov2, qwen2, siglip2, videomae, vjepa2
+from apollo_jax.models.siglip import patchify
+
+# model_type in config.json -> the class, unless `architectures` names another one in HEADED
+CLASSES = {
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip": "SiglipModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "siglip2": "Siglip2Model",
+    "clip_vision_model": "CLIPVisionModel",
+    "clip": "CLIPModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "videomae": "VideoMAEModel",
+    "vjepa2": "VJEPA2Model",
+    "qwen2": "Qwen2ForCausalLM",
+}
+HEADED = (
+    "CLIPVisionModelWithProjection",
+    "VideoMAEForPreTraining",
+    "VideoMAEForVideoClassification",
+)
+OTHERWISE = {"vit": "vjepa", "mm_connector": "the connector"}  # what others call themselves
+ENCODERS = ("vision_model", "videomae")  # where a model with heads has the tower
+NO_TORCH = "PyTorch and transformers are not installed (pip install 'apollo_jax[torch]')"
+TOKENS = 64
+TOLERANCE = 1e-3  # relative, if nothing was rounded: more is no rounding error of float32
+ROOM = 2  # a model is loaded if this many of it fit in the free memory
 
 
-def compare(checkpoint: Checkpoint, written: Path) -> dict[str, Any]:
-    """{part: differences} of the parts that transformers can load; why not, of the others."""
-    del checkpoint, written
-    return {}
+def compare(
+    before: Mapping[str, Part],
+    after: Mapping[str, Part],
+    folders: Mapping[str, Path],
+    scratch: Path,
+) -> dict[str, dict[str, Any]]:
+    """For each part by name, how far ours and theirs are apart (see above).
+
+    Args:
+      before: what was read.
+      after: what was written, opened again.
+      folders: where transformers can read a part; the others are exported for it below `scratch`.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        return {name: dict(skipped=NO_TORCH) for name in before}
+    with _quiet():
+        return {
+            name: _compare(part, after[name], folders.get(name), scratch)
+            for name, part in before.items()
+        }
+
+
+def said(found: Mapping[str, Any]) -> str:
+    """One part's result in a line."""
+    if reason := found.get("skipped"):
+        return f"not compared: {reason}"
+    every = [*found["layers"], *filter(None, [found["output"]])]
+    worst = max(difference["relative"] for difference in every)
+    text = f"{len(found['layers']) - 1} layers within {_short(worst)} of transformers"
+    if found["kl"] is not None:
+        text += f", logits KL {_short(found['kl'])}"
+    return "; ".join([text, *(f"rounded from {r}" for r in found["rounded"])])
+
+
+def _short(x: float) -> str:
+    return f"{x:.1e}".replace("e-0", "e-").replace("e+00", "") if x else "0"
+
+
+def _compare(before: Part, after: Part, folder: Path | None, scratch: Path) -> dict[str, Any]:
+    name = class_name(after.published_config)
+    if reason := _obstacle(name, after, folder, scratch):
+        return dict(skipped=reason)
+    if folder is not None:
+        return _run(name, before, after, folder)
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=f"activations.tmp-{os.getpid()}-") as made:
+        write_part(Path(made), after)
+        return _run(name, before, after, Path(made))
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """The class in transformers that a published config.json is for, "" if there is none."""
+    kind, [named, *_] = config.get("model_type"), [*(config.get("architectures") or []), ""]
+    if kind not in (None, *CLASSES):
+        return ""
+    return named if named in (*CLASSES.values(), *HEADED) else CLASSES.get(str(kind), "")
+
+
+def _obstacle(name: str, part: Part, folder: Path | None, scratch: Path) -> str:
+    """Why a part is not compared, or ""."""
+    import transformers
+
+    config = part.published_config
+    kind = config.get("model_type") or (config.get("architectures") or ["this part"])[0]
+    if not name:
+        return f"transformers has no class for {OTHERWISE.get(kind, kind)}"
+    if not hasattr(transformers, name):
+        return f"transformers {transformers.__version__} has no {name}"
+    needed = ROOM * sum(4 * math.prod(s.shape) for s in part.tensors.stored.values())
+    if needed > (free := free_memory()):
+        return f"it takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+    written = sum(s.nbytes for s in part.tensors.stored.values())
+    if folder is None and written > (free := shutil.disk_usage(scratch).free):
+        return f"it takes {written / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+    return ""
+
+
+def free_memory() -> float:
+    """Bytes that this process may still take; infinite where the system does not say."""
+    free, group = math.inf, Path("/sys/fs/cgroup")
+    try:
+        free = 1024 * _fields(Path("/proc/meminfo"))["MemAvailable:"]
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            used = int((group / "memory.current").read_text())
+            cache = _fields(group / "memory.stat")["inactive_file"]
+            free = min(free, int(limit) - used + cache)
+    except (OSError, KeyError):
+        pass  # not a Linux, or no limit of its own
+    return free
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of a name and a number."""
+    return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers prints as it loads: `_theirs` looks at all that matters of it."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+# ---- both models
+
+
+def _run(name: str, before: Part, after: Part, folder: Path) -> dict[str, Any]:
+    import transformers
+
+    x = fixed_input(before.config)
+    try:
+        states, output = _theirs(name, folder, before.config, x)
+    except ValueError as error:
+        return dict(failed=str(error))
+    if not all(np.isfinite(state).all() for state in states):
+        return dict(skipped="its activations are not finite")
+    found = dict(transformers=transformers.__version__, input=list(x.shape))
+    found = {"class": name} | found | _ours(before, x, states, output)
+    found["rounded"] = rounded(before, after)
+    worst = max(range(len(found["layers"])), key=lambda i: found["layers"][i]["relative"])
+    if not found["rounded"] and not found["layers"][worst]["relative"] <= TOLERANCE:
+        difference = _short(found["layers"][worst]["relative"])
+        return dict(failed=f"hidden state {worst} is {difference} away from {name}'s")
+    return found
+
+
+def rounded(before: Part, after: Part) -> list[str]:
+    """The changes of dtype that lose digits."""
+    was, now = before.tensors.stored, after.tensors.stored
+    pairs = {(was[n].dtype, now[n].dtype) for n in was if n in now and is_float(was[n].dtype)}
+    return sorted(f"{old} to {new}" for old, new in pairs if not np.can_cast(old, new, "safe"))
+
+
+def fixed_input(c: Any) -> np.ndarray:
+    """Tokens [1, L] of a decoder; pixels [1, F, I, I, 3] of a tower."""
+    rng = np.random.default_rng(0)
+    if isinstance(c, qwen2.Config):
+        return rng.integers(0, c.vocab_size, (1, min(TOKENS, c.max_position_embeddings)), np.int32)
+    frames, side = 1, c.image_size
+    match c:
+        case videomae.Config():
+            frames = c.num_frames
+        case vjepa2.Config():  # takes any number
+            frames = 2 * c.tubelet_size
+        case dinov2.Config() if c.interpolation == "scale_offset":
+            side = c.table_size  # later versions of transformers interpolate by another rule
+    return rng.standard_normal((1, frames, side, side, 3), np.float32)
+
+
+def _theirs(
+    name: str, folder: Path, c: Any, x: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """The first layer's input and the output of every layer; logits or last features.
+
+    ValueError if the folder does not fit the class to the last tensor.
+    """
+    import torch
+    import transformers
+
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # of many kinds, all about this folder
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"{name} of transformers cannot load it: {reason}") from error
+    if problems := [f"{kind}: {_few(keys)}" for kind, keys in info.items() if keys]:
+        raise ValueError(f"{name} of transformers does not load all of it: {'; '.join(problems)}")
+    encoder = next((getattr(model, e) for e in ENCODERS if hasattr(model, e)), model).eval()
+    lists = (m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList))
+    blocks: Any = next(m for m in lists if len(m) == c.num_hidden_layers)
+    states: list[np.ndarray] = []
+
+    def keep(state: Any) -> None:
+        states.append((state[0] if isinstance(state, tuple) else state).numpy())
+
+    blocks[0].register_forward_pre_hook(lambda _, inputs: keep(inputs))
+    for block in blocks:
+        block.register_forward_hook(lambda _, inputs, output: keep(output))
+    args, options = _asked(c, x)
+    with torch.no_grad():
+        out = encoder(*map(torch.tensor, args), **options)
+    match c:
+        case qwen2.Config():
+            return states, out.logits.numpy()
+        case vjepa2.Config():
+            return states, out.last_hidden_state.numpy()
+    return states, None
+
+
+def _few(keys: Any) -> str:
+    names = sorted(map(str, keys)) if not isinstance(keys, str) else [keys]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _asked(c: Any, x: np.ndarray) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+    """The input as transformers takes it."""
+    match c:
+        case qwen2.Config():
+            return (x.astype(np.int64),), dict(use_cache=False)
+        case siglip2.Config():
+            patches = np.asarray(patchify(jnp.asarray(x[0]), c.patch_size))
+            n, rows, columns, k = patches.shape
+            mask, shape = np.ones((n, rows * columns), np.int32), np.array([[rows, columns]])
+            return (patches.reshape(n, -1, k), mask, shape), {}
+        case vjepa2.Config():
+            return (x.transpose(0, 1, 4, 2, 3),), dict(skip_predictor=True)
+        case videomae.Config():
+            return (x.transpose(0, 1, 4, 2, 3),), {}
+    return (x[0].transpose(0, 3, 1, 2),), {}
+
+
+class Telling(nnx.Module):
+    """Layers that tell what they take and give."""
+
+    def __init__(self, layers: nnx.Module, tell: Callable[[Any, Any], None]):
+        self.layers, self.tell = layers, tell
+
+    def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+        y, rest = self.layers(x, *args)
+        self.tell(x, y)
+        return y, rest
+
+
+def _ours(
+    part: Part, x: np.ndarray, states: list[np.ndarray], output: np.ndarray | None
+) -> dict[str, Any]:
+    """Ours on the same input, against the states and the output of theirs."""
+    cpu, layers = jax.local_devices(backend="cpu")[0], []
+
+    def tell(taken: jax.Array, given: jax.Array) -> None:
+        if not layers:
+            layers.append(difference(taken, states[0]))
+        layers.append(difference(given, states[len(layers)]))
+
+    # Not compiled, each layer of the scan is called by itself, with numbers that can be looked at.
+    with jax.default_device(cpu), jax.disable_jit():
+        model = build(Checkpoint(part.config, {"": part}), device=cpu)
+        model.layers = Telling(model.layers, tell)
+        if isinstance(model, qwen2.Qwen2):
+            assert output is not None
+            hidden, _ = model(model.embed(jnp.asarray(x)), positions=jnp.arange(x.shape[1])[None])
+            logits = np.asarray(model.unembed(hidden))
+            return dict(layers=layers, output=difference(logits, output), kl=kl(logits, output))
+        out = model(jnp.asarray(x))
+    last = None if output is None else difference(out, output)
+    return dict(layers=layers, output=last, kl=None)
+
+
+def difference(ours: Any, theirs: np.ndarray) -> dict[str, float]:
+    """Largest absolute difference, and that as a share of their largest element."""
+    most = float(np.abs(np.asarray(ours).reshape(theirs.shape) - theirs).max())
+    largest = float(np.abs(theirs).max())
+    return dict(max_abs=_round(most), relative=_round(most / largest if largest else most))
+
+
+def _round(x: float) -> float:
+    return float(f"{x:.3g}")
+
+
+def kl(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Kullback-Leibler divergence of the distributions of two [1, L, V] logits, mean over L."""
+    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (ours, theirs))
+    return _round(max(0.0, float((np.exp(p) * (p - q)).sum(axis=-1).mean())))
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -160,7 +160,9 @@ def open_flat(folder: Path, config: apollo.Config, key: str) -> Checkpoint:
     ignored += [Use(name, ignored=reason) for name, reason in passed.items()]
     parts: dict[str, Part] = {}
     for name, (place, own) in zip(_folders(config), apollo_places(config).items(), strict=True):
-        names, files = found[name], flat.read(folder, folder / name)
+        names, rules = found[name], layout.RULES_BY_CONFIG[type(own)]
+        fresh = {n: companions.dump(content) for n, content in rules.published(own).items()}
+        files = fresh | flat.read(folder, folder / name)  # a root config has no preprocessors
         part = described_part(own, files, Renamed(source, names), folder / name)
         used = [replace(use, tensor=names.get(use.tensor, use.tensor)) for use in part.uses]
         parts[place] = replace(part, stored={}, uses=(*used, *ignored))
