@@ -265,7 +265,7 @@ def summary(report: dict[str, Any]) -> None:
     for name in report["not_finite"]:
         console.print(f"not finite: {name}", style="yellow")
     for part, found in report["activations"].items():
-        console.print(f"{part}: {activations.said(found)}", highlight=False)
+        console.print(f"{part}: {activations.said(found)}", highlight=False, soft_wrap=True)
 
 
 def _default(source: Path | None, given: dict[str, str], only: str) -> str:
