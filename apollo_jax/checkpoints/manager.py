@@ -31,6 +31,7 @@ from apollo_jax.training.state import Arrays, Shapes, TrainState
 from data_pipeline.tokenizer import Tokenizer
 
 TORN = "torn"
+CHUNK_BYTES = 16 << 20
 
 # Replicas share the writing of an array only where it is worth a compiled slice.
 _ARRAYS = ocp.type_handlers.create_type_handler_registry(
@@ -75,7 +76,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
         """Save the state after `step` steps, and the data iterator's; returns once copied."""
         items = ocp.args.Composite(
-            weights=ocp.args.PyTreeSave({**state.params, **state.frozen}),
+            weights=_by_layer({**state.params, **state.frozen}),
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             loop=ocp.args.JsonSave({"step": step, "data": data}),
         )
@@ -166,6 +167,18 @@ class Checkpoints:
         """Wait for the last save to be complete."""
         self.manager.wait_until_finished()
         self.manager.close()
+
+
+def _by_layer(weights: Arrays) -> ocp.args.PyTreeSave:
+    """Save stacked layers in chunks of one layer, others in small ones: an export reads by layer.
+
+    By itself Orbax makes one chunk of what a device holds, which is decoded as a whole.
+    """
+
+    def how(array: jax.Array) -> ocp.SaveArgs:
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) * (array.ndim > 2))
+
+    return ocp.args.PyTreeSave(weights, save_args=jax.tree.map(how, weights))
 
 
 def _like(abstract: Any) -> ocp.args.PyTreeRestore:

@@ -39,13 +39,19 @@ PICKLED_WEIGHTS = ("pytorch_model.bin", "model.pth.tar")
 
 
 def open_checkpoint(
-    path: str | os.PathLike, *, key: str = "", said: dict[str, Any] | None = None
+    path: str | os.PathLike,
+    *,
+    key: str = "",
+    said: dict[str, Any] | None = None,
+    compare: bool = True,
 ) -> Checkpoint:
     """What lies at `path`: a published folder, or a file of another layout.
 
     Args:
       key: which part of the file, like "target_encoder" of a .pth.tar or "img" of an .npz.
       said: published config fields of a file that has no config.json.
+      compare: read a published folder's stored copies, like a tied head, to see that they are
+        copies; of many processes one is enough.
     Raises FileNotFoundError for what is not there, ValueError naming every file, field and tensor
     that does not fit.
     """
@@ -62,13 +68,13 @@ def open_checkpoint(
         raise ValueError(f"{folder} has a {companions.CONFIG}: --config is for what has none")
     config = _config(folder)
     if not isinstance(config, apollo.Config):
-        return _alone(open_part(folder, config, key))
+        return _alone(open_part(folder, config, key, compare=compare))
     if flat.is_flat(folder):
         return open_flat(folder, config, key)
     _check_no_key(folder, key)
     folders, places = _folders(config), apollo_places(config)
     parts = {
-        place: open_part(folder / name, part)
+        place: open_part(folder / name, part, compare=compare)
         for name, (place, part) in zip(folders, places.items(), strict=True)
     }
     return Checkpoint(config, parts, outside(folder))
@@ -112,22 +118,30 @@ def outside(folder: Path) -> companions.Files:
     return companions.read(folder) | {f"{layout.TOWERS}/{n}": file for n, file in towers.items()}
 
 
-def open_part(folder: Path, config: layout.PartConfig, key: str = "") -> Part:
+def open_part(
+    folder: Path, config: layout.PartConfig, key: str = "", *, compare: bool = True
+) -> Part:
     """A published folder of one part, which must hold exactly the tensors of `config`."""
     files = companions.read(folder)
     if not safetensors.is_there(folder):
         return open_pickled(folder, config, files, key)
     _check_no_key(folder, key)
-    return described_part(config, files, safetensors.TensorFolder(folder), folder)
+    tensors = safetensors.TensorFolder(folder)
+    return described_part(config, files, tensors, folder, compare=compare)
 
 
 def described_part(
-    config: layout.PartConfig, files: companions.Files, tensors: Source, where: Path
+    config: layout.PartConfig,
+    files: companions.Files,
+    tensors: Source,
+    where: Path,
+    *,
+    compare: bool = True,
 ) -> Part:
     """The part that a config.json describes, whose tensors have their published names or others."""
     if adapters.has_updates(tensors) or _in_dialect(config, files, tensors, where):
         return translated_part(config, files, tensors, {}, where)
-    return published_part(config, files, tensors, str(where))
+    return published_part(config, files, tensors, str(where), compare=compare)
 
 
 def _in_dialect(

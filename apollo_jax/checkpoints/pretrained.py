@@ -90,7 +90,7 @@ def from_pretrained(
     Raises FileNotFoundError for what is not there, ValueError naming every file, field and tensor
     that does not fit.
     """
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, compare=jax.process_index() == 0)
     model = build(opened, dtype=dtype, param_dtype=param_dtype, mesh=mesh)
     _adopt(model, opened)
     return model
@@ -125,12 +125,22 @@ def build(
 
 
 def _adopt(model: Any, opened: Checkpoint) -> None:
-    """Keep with a model what its checkpoint held besides, for the way back."""
+    """Keep with a model what its checkpoint held besides, for the way back.
+
+    Not the tensors, of a model spread over processes: it is not saved from here.
+    """
+    here = not spread(model)
     for module, part in zip(modules(model).values(), opened.parts.values(), strict=True):
-        unused = {name: part.unused.read(name) for name in part.unused.stored}
+        unused = {name: part.unused.read(name) for name in part.unused.stored if here}
         module.origin = Origin(part.files, part.names, part.stored, unused)
     if opened.files:
         model.origin = Origin(opened.files)
+
+
+def spread(model: nnx.Module) -> bool:
+    """Whether other processes hold some of the parameters."""
+    leaves = parameters(model).values()
+    return not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
 
 
 def modules(model: Any) -> dict[str, Any]:
@@ -176,7 +186,12 @@ def save_pretrained(
 
 
 def checkpoint_of(model: Any, tokenizer: Any = None) -> Checkpoint:
-    """A model in memory as a checkpoint."""
+    """A model in memory as a checkpoint. ValueError if it is spread over processes."""
+    if spread(model):
+        raise ValueError(
+            "the model is spread over several processes, none of which holds all of it; export a "
+            "checkpoint of its training run instead: apollo-jax convert RUN TARGET"
+        )
     parts = {}
     for at, module in modules(model).items():
         weights, words = Arrays(parameters(module)), tokenizer if at in ("llm", "") else None

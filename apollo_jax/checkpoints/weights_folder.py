@@ -11,6 +11,7 @@ Orbax reads it like any checkpoint.
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,22 @@ class OrbaxArrays:
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         array = self._arrays[name]
         return np.asarray(array[concrete(index, tuple(array.shape))].read().result())
+
+    def chunks(self, name: str) -> tuple[int, ...]:
+        """The shape of the pieces in which a tensor is stored, each of them read as a whole."""
+        return tuple(self._arrays[name].spec().to_json()["metadata"]["chunks"])
+
+    def blocks(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor in pieces along its first axis, none of which splits a chunk."""
+        stored = self.stored[name]
+        if not stored.shape:
+            yield self.read(name)
+            return
+        rows = self.chunks(name)[0]
+        wanted = stored.shape[0] * BLOCK_BYTES // max(1, stored.nbytes)
+        step = max(rows, wanted // rows * rows)
+        for start in range(0, stored.shape[0], step):
+            yield self.read(name, (slice(start, min(start + step, stored.shape[0])),))
 
 
 def write_arrays(path: Path, source: Source) -> None:

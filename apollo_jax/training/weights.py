@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import open_checkpoint
@@ -62,7 +64,7 @@ def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays
 
 
 def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, compare=jax.process_index() == 0)
     if not isinstance(checkpoint.config, type(experiment.model)):
         raise ValueError(f"config.init_from {path} is not a whole Apollo; use config.init_parts")
     _check_config(path, checkpoint.config, experiment.model)
@@ -85,7 +87,7 @@ def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
 
 
 def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, compare=jax.process_index() == 0)
     found = checkpoint.config
     if type(found) is not type(config):
         kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))

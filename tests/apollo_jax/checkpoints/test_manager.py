@@ -15,8 +15,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
+from apollo_jax.checkpoints import manager
 from apollo_jax.checkpoints.manager import Checkpoints
-from apollo_jax.checkpoints.run import is_run, read_experiment
+from apollo_jax.checkpoints.run import is_run, latest_weights, read_experiment
+from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training.state import TrainState
 
@@ -163,3 +165,20 @@ def test_all_damaged_is_an_error_that_moves_nothing(run):
 def test_says_what_is_stored(run):
     stored = Checkpoints(run, read_only=True).stored_shapes()
     assert stored == {"llm/a/0/kernel": (64, 96), "connector/b": (8,), "connector/c": ()}
+
+
+def test_an_export_reads_layer_by_layer(tmp_path, monkeypatch):
+    """Orbax alone would write one chunk for each device, to be decoded as a whole."""
+    monkeypatch.setattr(manager, "CHUNK_BYTES", 1 << 10)
+    state = make_state(1)
+    over_embed = NamedSharding(sharding.make_mesh(MeshConfig(data=2, fsdp=4)), P(None, "fsdp"))
+    stacked = jax.device_put(jnp.ones((3, 8, 16), jnp.float32), over_embed)
+    state = state._replace(params={**state.params, "llm/layers/q/kernel": stacked})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    stored = OrbaxArrays(latest_weights(tmp_path))
+    assert stored.chunks("llm/layers/q/kernel") == (1, 2, 16)
+    assert np.prod(stored.chunks("llm/a/0/kernel")) * 4 <= 1 << 10
+    for name, array in {**state.params, **state.frozen}.items():
+        assert np.array_equal(stored.read(name), array)
