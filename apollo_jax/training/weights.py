@@ -19,13 +19,8 @@ from apollo_jax.training.state import Arrays, Shapes, random_weights
 from data_pipeline.tokenizer import Tokenizer
 
 # Fields of a published part's config that its weights do not depend on.
-_LIMITS = (
-    "max_position_embeddings",
-    "model_max_length",
-    "initializer_range",
-    "feature_layer",
-    "frames_per_clip",
-)
+_LIMITS = ("max_position_embeddings", "model_max_length", "initializer_range")
+_CLIPS = (*_LIMITS, "feature_layer", "frames_per_clip")  # of a part: the whole says
 
 
 def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
@@ -67,7 +62,7 @@ def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
     checkpoint = open_checkpoint(path, compare=jax.process_index() == 0)
     if not isinstance(checkpoint.config, type(experiment.model)):
         raise ValueError(f"config.init_from {path} is not a whole Apollo; use config.init_parts")
-    _check_config(path, checkpoint.config, experiment.model)
+    _check_config(path, checkpoint.config, experiment.model, ignore=_LIMITS)
     return _load(checkpoint, path, "", shapes)
 
 
@@ -92,7 +87,7 @@ def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
     if type(found) is not type(config):
         kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))
         raise ValueError(f"config.init_parts: {path} holds {kinds} is wanted")
-    _check_config(path, found, config, ignore=_LIMITS)
+    _check_config(path, found, config, ignore=_CLIPS)
     own = {n: s for n, s in shapes.items() if n.startswith(prefix)}
     return _load(checkpoint, path, prefix, own)
 
@@ -106,7 +101,11 @@ def _load(checkpoint: Checkpoint, path: str, prefix: str, shapes: Shapes) -> Arr
 
 
 def _check_config(path: str, found: Any, wanted: Any, ignore: tuple[str, ...] = ()) -> None:
-    wrong = [d for d in differences(found, wanted) if d.partition(":")[0] not in ignore]
+    wrong = [
+        d
+        for d in differences(found, wanted)
+        if d.partition(":")[0].rpartition(".")[2] not in ignore
+    ]
     if wrong:
         lines = "\n  ".join(wrong)
         raise ValueError(f"the model in {path} is not the one in config.model:\n  {lines}")
