@@ -19,9 +19,7 @@ import math
 import os
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,35 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from apollo_jax.checkpoints import oracle
 from apollo_jax.checkpoints.checkpoint import Checkpoint, Part, write_part
 from apollo_jax.checkpoints.pretrained import build
 from apollo_jax.checkpoints.translate import is_float
-from apollo_jax.models import dinov2, qwen2, siglip2, videomae, vjepa2
-from apollo_jax.models.siglip import patchify
+from apollo_jax.models import qwen2
 
-# model_type in config.json -> the class, unless `architectures` names another one in HEADED
-CLASSES = {
-    "siglip_vision_model": "SiglipVisionModel",
-    "siglip": "SiglipModel",
-    "siglip2_vision_model": "Siglip2VisionModel",
-    "siglip2": "Siglip2Model",
-    "clip_vision_model": "CLIPVisionModel",
-    "clip": "CLIPModel",
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-    "videomae": "VideoMAEModel",
-    "vjepa2": "VJEPA2Model",
-    "qwen2": "Qwen2ForCausalLM",
-}
-HEADED = (
-    "CLIPVisionModelWithProjection",
-    "VideoMAEForPreTraining",
-    "VideoMAEForVideoClassification",
-)
-OTHERWISE = {"vit": "vjepa", "mm_connector": "the connector"}  # what others call themselves
-ENCODERS = ("vision_model", "videomae")  # where a model with heads has the tower
 NO_TORCH = "PyTorch and transformers are not installed (pip install 'apollo_jax[torch]')"
-TOKENS = 64
 TOLERANCE = 1e-3  # relative, if nothing was rounded: more is no rounding error of float32
 ROOM = 2  # a model is loaded if this many of it fit in the free memory
 
@@ -81,7 +57,7 @@ def compare(
         import transformers  # noqa: F401
     except ImportError:
         return {name: dict(skipped=NO_TORCH) for name in before}
-    with _quiet():
+    with oracle.quiet():
         return {
             name: _compare(part, after[name], folders.get(name), scratch)
             for name, part in before.items()
@@ -105,7 +81,7 @@ def _short(x: float) -> str:
 
 
 def _compare(before: Part, after: Part, folder: Path | None, scratch: Path) -> dict[str, Any]:
-    name = class_name(after.published_config)
+    name = oracle.class_name(after.published_config)
     if reason := _obstacle(name, after, folder, scratch):
         return dict(skipped=reason)
     if folder is not None:
@@ -115,14 +91,6 @@ def _compare(before: Part, after: Part, folder: Path | None, scratch: Path) -> d
         return _run(name, before, after, Path(made))
 
 
-def class_name(config: Mapping[str, Any]) -> str:
-    """The class in transformers that a published config.json is for, "" if there is none."""
-    kind, [named, *_] = config.get("model_type"), [*(config.get("architectures") or []), ""]
-    if kind not in (None, *CLASSES):
-        return ""
-    return named if named in (*CLASSES.values(), *HEADED) else CLASSES.get(str(kind), "")
-
-
 def _obstacle(name: str, part: Part, folder: Path | None, scratch: Path) -> str:
     """Why a part is not compared, or ""."""
     import transformers
@@ -130,7 +98,7 @@ def _obstacle(name: str, part: Part, folder: Path | None, scratch: Path) -> str:
     config = part.published_config
     kind = config.get("model_type") or (config.get("architectures") or ["this part"])[0]
     if not name:
-        return f"transformers has no class for {OTHERWISE.get(kind, kind)}"
+        return f"transformers has no class for {oracle.OTHERWISE.get(kind, kind)}"
     if not hasattr(transformers, name):
         return f"transformers {transformers.__version__} has no {name}"
     needed = ROOM * sum(4 * math.prod(s.shape) for s in part.tensors.stored.values())
@@ -162,45 +130,25 @@ def _fields(path: Path) -> dict[str, int]:
     return {name: int(value) for name, value, *_ in map(str.split, path.read_text().splitlines())}
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers prints as it loads: `_theirs` looks at all that matters of it."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
-
-
-# ---- both models
-
-
 def _run(name: str, before: Part, after: Part, folder: Path) -> dict[str, Any]:
     import transformers
 
-    x = fixed_input(before.config)
+    x = oracle.fixed_input(before.config)
     try:
-        states, output = _theirs(name, folder, before.config, x)
+        states, output = oracle.run(name, folder, before.config, x)
     except ValueError as error:
         return dict(failed=str(error))
     if not all(np.isfinite(state).all() for state in states):
         return dict(skipped="its activations are not finite")
-    found = dict(transformers=transformers.__version__, input=list(x.shape))
-    found = {"class": name} | found | _ours(before, x, states, output)
+    found: dict[str, Any] = _ours(before, x, states, output)
     found["rounded"] = rounded(before, after)
-    worst = max(range(len(found["layers"])), key=lambda i: found["layers"][i]["relative"])
-    if not found["rounded"] and not found["layers"][worst]["relative"] <= TOLERANCE:
-        difference = _short(found["layers"][worst]["relative"])
-        return dict(failed=f"hidden state {worst} is {difference} away from {name}'s")
-    return found
+    apart = [d["relative"] for d in (*found["layers"], *filter(None, [found["output"]]))]
+    far = next((i for i, relative in enumerate(apart) if not relative <= TOLERANCE), None)
+    if far is not None and not found["rounded"]:
+        where = f"hidden state {far}" if far < len(found["layers"]) else "output"
+        return dict(failed=f"{where} is {_short(apart[far])} away from {name}'s")
+    about = {"class": name, "transformers": transformers.__version__, "input": list(x.shape)}
+    return about | found
 
 
 def rounded(before: Part, after: Part) -> list[str]:
@@ -208,85 +156,6 @@ def rounded(before: Part, after: Part) -> list[str]:
     was, now = before.tensors.stored, after.tensors.stored
     pairs = {(was[n].dtype, now[n].dtype) for n in was if n in now and is_float(was[n].dtype)}
     return sorted(f"{old} to {new}" for old, new in pairs if not np.can_cast(old, new, "safe"))
-
-
-def fixed_input(c: Any) -> np.ndarray:
-    """Tokens [1, L] of a decoder; pixels [1, F, I, I, 3] of a tower."""
-    rng = np.random.default_rng(0)
-    if isinstance(c, qwen2.Config):
-        return rng.integers(0, c.vocab_size, (1, min(TOKENS, c.max_position_embeddings)), np.int32)
-    frames, side = 1, c.image_size
-    match c:
-        case videomae.Config():
-            frames = c.num_frames
-        case vjepa2.Config():  # takes any number
-            frames = 2 * c.tubelet_size
-        case dinov2.Config() if c.interpolation == "scale_offset":
-            side = c.table_size  # later versions of transformers interpolate by another rule
-    return rng.standard_normal((1, frames, side, side, 3), np.float32)
-
-
-def _theirs(
-    name: str, folder: Path, c: Any, x: np.ndarray
-) -> tuple[list[np.ndarray], np.ndarray | None]:
-    """The first layer's input and the output of every layer; logits or last features.
-
-    ValueError if the folder does not fit the class to the last tensor.
-    """
-    import torch
-    import transformers
-
-    try:
-        model, info = getattr(transformers, name).from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    except Exception as error:  # of many kinds, all about this folder
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"{name} of transformers cannot load it: {reason}") from error
-    if problems := [f"{kind}: {_few(keys)}" for kind, keys in info.items() if keys]:
-        raise ValueError(f"{name} of transformers does not load all of it: {'; '.join(problems)}")
-    encoder = next((getattr(model, e) for e in ENCODERS if hasattr(model, e)), model).eval()
-    lists = (m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList))
-    blocks: Any = next(m for m in lists if len(m) == c.num_hidden_layers)
-    states: list[np.ndarray] = []
-
-    def keep(state: Any) -> None:
-        states.append((state[0] if isinstance(state, tuple) else state).numpy())
-
-    blocks[0].register_forward_pre_hook(lambda _, inputs: keep(inputs))
-    for block in blocks:
-        block.register_forward_hook(lambda _, inputs, output: keep(output))
-    args, options = _asked(c, x)
-    with torch.no_grad():
-        out = encoder(*map(torch.tensor, args), **options)
-    match c:
-        case qwen2.Config():
-            return states, out.logits.numpy()
-        case vjepa2.Config():
-            return states, out.last_hidden_state.numpy()
-    return states, None
-
-
-def _few(keys: Any) -> str:
-    names = sorted(map(str, keys)) if not isinstance(keys, str) else [keys]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _asked(c: Any, x: np.ndarray) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
-    """The input as transformers takes it."""
-    match c:
-        case qwen2.Config():
-            return (x.astype(np.int64),), dict(use_cache=False)
-        case siglip2.Config():
-            patches = np.asarray(patchify(jnp.asarray(x[0]), c.patch_size))
-            n, rows, columns, k = patches.shape
-            mask, shape = np.ones((n, rows * columns), np.int32), np.array([[rows, columns]])
-            return (patches.reshape(n, -1, k), mask, shape), {}
-        case vjepa2.Config():
-            return (x.transpose(0, 1, 4, 2, 3),), dict(skip_predictor=True)
-        case videomae.Config():
-            return (x.transpose(0, 1, 4, 2, 3),), {}
-    return (x[0].transpose(0, 3, 1, 2),), {}
 
 
 class Telling(nnx.Module):

@@ -102,7 +102,7 @@ def build(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-    device: jax.Device | None = None,
+    device: Any = None,
 ) -> Any:
     """The model of a checkpoint, its parameters over `mesh` or whole on `device`."""
     module: Any = (

@@ -64,7 +64,10 @@ def report(
     origin = {name: str(source or FRESH) for name in before} | {
         name: path for name, path in (given or {}).items() if name in before
     }
-    parts = {n: dict(source=origin[n]) | _compare(p, after[n], dtype) for n, p in before.items()}
+    parts: dict[str, dict[str, Any]] = {
+        name: dict(source=origin[name]) | _compare(part, after[name], dtype)
+        for name, part in before.items()
+    }
     return dict(
         parts=parts,
         equal=sum(t["equal"] for part in parts.values() for t in part["tensors"].values()),
