@@ -82,7 +82,7 @@ class Demo:
         }
 
     def render(self) -> None:
-        train, test = (64, 2) if self.quick else (3600, 40)
+        train, test = (64, 2) if self.quick else (5400, 40)
         write_world(
             self.workdir / "world",
             train_scenes=train,

@@ -25,7 +25,7 @@ VOCABULARY = 704
 # Per stage: steps, rows, the sources' weights, peak rates, and the stage it starts from.
 STAGES = {
     "images": (
-        1000,
+        800,
         8,
         {"text": 0.25, "captions_image": 0.75},
         LearningRates(vision_tower=3e-3, connector=3e-3, llm=3e-3),
@@ -53,9 +53,15 @@ STAGES = {
         "align",
     ),
     "sft": (
-        1400,
+        1700,
         16,
-        {"text": 0.12, "captions_image": 0.05, "multi_image": 0.05, "qa_video": 0.78},
+        {
+            "text": 0.1,
+            "captions_image": 0.04,
+            "multi_image": 0.04,
+            "captions_video": 0.08,
+            "qa_video": 0.74,
+        },
         LearningRates(connector=2e-3, llm=2e-3),
         "vision",
     ),

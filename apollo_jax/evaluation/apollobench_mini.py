@@ -56,7 +56,7 @@ def write_world(
         for i, caption in enumerate(captions)
     ]
     _write_lines(out / "train/captions_video.jsonl", (record["caption"] for record in train))
-    _write_lines(out / "train/qa_video.jsonl", (record["qa"] for record in train))
+    _write_lines(out / "train/qa_video.jsonl", (qa for record in train for qa in record["qa"]))
     _write_lines(out / "train/captions_image.jsonl", images)
     _write_lines(out / "train/multi_image.jsonl", _multi_image(captions, seed))
     notes = (note for record in train for note in record["notes"])
@@ -77,27 +77,30 @@ def write_video(path: Path, frames: np.ndarray, fps: int = scenes.FPS) -> None:
 
 
 def _train_scene(out: Path, seed: int, index: int) -> dict:
-    """Write one training video; its caption, its questions, and its questions about the caption."""
+    """Write one training video; its caption, its questions, and those about the caption."""
     rng = np.random.default_rng((seed, _TRAIN, index))
     family = scenes.FAMILIES[index % len(scenes.FAMILIES)]
     scene = make_scene(family, rng)
     name, video = f"{family}_{index:05d}", f"videos/train/{family}_{index:05d}.mp4"
     write_video(out / video, scene.frames)
     turns = [(question_text(q, scenes.PROMPT), q.options[q.answer]) for q in scene.questions]
-    turns = [turns[i] for i in rng.permutation(len(turns))]
-    control = rng.random()
-    if control < TEXT_SHARE:  # must guess: the text-only control is in distribution
-        qa = _record(f"{name}_text", *turns)
-    elif control < TEXT_SHARE + CENTRE_SHARE:
-        qa = _record(f"{name}_centre", *_seen(turns), video=video, sampling="centre")
-    else:
-        qa = _record(f"{name}_qa", *_seen([*turns, (DESCRIBE, scene.caption)]), video=video)
+    qa = [_question(f"{name}_{i}", turn, video, rng) for i, turn in enumerate(turns)]
     caption = _record(name, *_seen([(DESCRIBE, scene.caption)]), video=video)
     notes = [
         _record(f"{name}_note_{i}", (f"Note: {scene.caption}\n{question}", answer))
         for i, (question, answer) in enumerate(turns)
     ]
     return {"caption": caption, "qa": qa, "notes": notes}
+
+
+def _question(name: str, turn: tuple[str, str], video: str, rng: np.random.Generator) -> dict:
+    """A conversation of one question: of two, the second would be told by the first answer."""
+    control = rng.random()
+    if control < TEXT_SHARE:  # must guess: the text-only control is in distribution
+        return _record(f"{name}_text", turn)
+    if control < TEXT_SHARE + CENTRE_SHARE:
+        return _record(f"{name}_centre", *_seen([turn]), video=video, sampling="centre")
+    return _record(f"{name}_qa", *_seen([turn]), video=video)
 
 
 def _test_scene(out: Path, seed: int, index: int) -> list[dict]:

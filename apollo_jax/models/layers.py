@@ -17,6 +17,7 @@ Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 
 M = TypeVar("M", bound=nnx.Module)
 LECUN = jax.nn.initializers.lecun_normal()
+SHALLOW = 4  # layers that compile as fast without a loop, and run faster
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -63,7 +64,19 @@ def linear(
         rngs=rngs,
         kernel_metadata=axes(*names),
         bias_metadata=axes(names[1]),
+        dot_general=dot_of_matrices,
     )
+
+
+def dot_of_matrices(x: Array, kernel: Array, dimensions: Any, **kw: Any) -> Array:
+    """[..., din] x [din, dout] with one leading axis.
+
+    With more of them, XLA's CPU backend transposes a copy of x for the gradient of the kernel,
+    which takes as long as the gradient itself.
+    """
+    del dimensions  # a linear's are always these
+    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kw)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nnx.Module):
@@ -130,7 +143,7 @@ def fold(
     *args: Any,
     per_layer: Any = (),
     remat: str = "none",
-    unroll: int = 1,
+    unroll: int = 0,
 ) -> tuple[Array, Any]:
     """Run stacked layers in order: x, y = layer(x, *args, *per_layer[i]); y is stacked.
 
@@ -138,7 +151,7 @@ def fold(
       layers: a module made by `stack`; each layer returns (x, y), y may be None.
       per_layer: pytree of arrays with a leading `layers` axis, one slice for each layer.
       remat: what the backward pass keeps, a name in REMAT_POLICIES.
-      unroll: layers per loop iteration (for debugging and tiny models).
+      unroll: layers per loop iteration; default one, but all of a stack of at most SHALLOW.
     Returns the last x and the stacked y.
     """
     if remat not in REMAT_POLICIES:
@@ -151,4 +164,6 @@ def fold(
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    depth = jax.tree.leaves(state)[0].shape[0]
+    unroll = unroll or (depth if depth <= SHALLOW else 1)
     return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)

@@ -37,6 +37,8 @@ def test_control_records(world):
     for record in records:
         assert (record.get("sampling") == "centre") == record["id"].endswith("_centre")
         assert ("video" in record) != record["id"].endswith("_text")
+        # a second question about one video could be answered from the first answer
+        assert len(record["conversations"]) == 2
 
 
 def test_an_answer_is_one_of_the_options(world):
