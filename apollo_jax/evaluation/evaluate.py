@@ -249,7 +249,7 @@ def _names(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`apollo-jax evaluate`."""
-    parser = argparse.ArgumentParser("apollo-jax evaluate", description=evaluate.__doc__)
+    parser = argparse.ArgumentParser("apollo-jax evaluate", description=main.__doc__)
     parser.add_argument("--checkpoint", required=True, help="official Apollo folder, or a workdir")
     parser.add_argument("--benchmark", required=True, help=", ".join(benchmark.PROMPTS))
     parser.add_argument("--data", required=True, help="JSONL file, or the folder it lies in")
