@@ -248,7 +248,7 @@ def _names(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`apollo-jax evaluate`."""
+    """Answer the questions of a benchmark with a checkpoint, and score the answers."""
     parser = argparse.ArgumentParser("apollo-jax evaluate", description=main.__doc__)
     parser.add_argument("--checkpoint", required=True, help="official Apollo folder, or a workdir")
     parser.add_argument("--benchmark", required=True, help=", ".join(benchmark.PROMPTS))
