@@ -163,8 +163,8 @@ def kind_of(path: Path) -> str:
     return "hf"
 
 
-def main(argv: list[str]) -> None:
-    """Convert a checkpoint: a training run, a published folder or file, or parts of an Apollo."""
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser("apollo-jax convert", description=main.__doc__)
     parser.add_argument("source", type=Path, nargs="?", metavar="SRC", help="checkpoint to read")
     parser.add_argument("target", type=Path, metavar="DST", help="appears when it is complete")
@@ -197,7 +197,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scan", action="store_true", help="stack big_vision's layers")
     parser.add_argument("--verify", action="store_true", help=f"read back, compare, write {REPORT}")
     parser.add_argument("--overwrite", action="store_true")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Convert a checkpoint: a training run, a published folder or file, or parts of an Apollo."""
+    args = arguments(argv)
     source, given = args.source, named(args.part)
     if source and args.source_kind and (found := kind_of(source)) != args.source_kind:
         raise ValueError(f"--from {args.source_kind}: {source} looks like {found}")
