@@ -2,17 +2,18 @@
 """Folders of safetensors: one file, or shards with an index."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from apollo_jax.checkpoints.sources import Extent, RawFiles, Source, Stored, blocks
+from apollo_jax.checkpoints.sources import Extent, RawFiles, Source, Stored, blocks, extent_of
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -29,6 +30,7 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -82,7 +84,10 @@ def _tensors(path: Path) -> dict[str, tuple[Stored, Extent]]:
 
 
 def write(folder: Path, source: Source) -> None:
-    """Write the files that `source.stored` names, block by block."""
+    """Write the files that `source.stored` names, block by block.
+
+    The bytes of tensors that are in a file already are copied by the kernel, where it can.
+    """
     files: dict[str, list[str]] = {}
     for name, stored in source.stored.items():
         files.setdefault(stored.file, []).append(name)
@@ -90,8 +95,31 @@ def write(folder: Path, source: Source) -> None:
         with open(folder / file, "wb") as out:
             out.write(_header({name: source.stored[name] for name in names}))
             for name in _by_alignment(names, source.stored):
+                found = extent_of(source, name)
+                if found and _copied(found, source.stored[name].nbytes, out):
+                    continue
                 for block in blocks(source, name):
                     out.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+
+
+def _copied(found: Extent, count: int, out: BinaryIO) -> bool:
+    """Append `count` bytes of a file, or False if this system cannot."""
+    if not hasattr(os, "copy_file_range"):  # Linux has it
+        return False
+    out.flush()
+    to, done = out.fileno(), 0
+    with open(found.path, "rb", buffering=0) as file:
+        while done < count:
+            try:
+                got = os.copy_file_range(file.fileno(), to, count - done, found.offset + done)
+            except OSError as error:
+                if done or error.errno not in CANNOT_COPY:
+                    raise
+                return False
+            if not got:
+                raise ValueError(f"{found.path} ends early: it is truncated; copy it again")
+            done += got
+    return True
 
 
 def _by_alignment(names: list[str], stored: Mapping[str, Stored]) -> list[str]:

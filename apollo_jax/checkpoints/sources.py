@@ -82,11 +82,20 @@ class Extent:
     offset: int
 
 
+def extent_of(source: Source, name: str) -> Extent | None:
+    """Where a tensor's bytes lie in a file as they are to be, if they do."""
+    own = getattr(source, "extent", None)
+    return own(name) if own else None
+
+
 class RawFiles:
     """Tensors whose bytes lie in files as they are."""
 
     def __init__(self, stored: Mapping[str, Stored], extents: Mapping[str, Extent]):
         self.stored, self.extents = dict(stored), dict(extents)
+
+    def extent(self, name: str) -> Extent:
+        return self.extents[name]
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         stored, extent = self.stored[name], self.extents[name]

@@ -16,11 +16,13 @@ import numpy as np
 from apollo_jax.checkpoints.rules.dialect import Dialect, Link
 from apollo_jax.checkpoints.rules.table import SAME, Slot, Transform
 from apollo_jax.checkpoints.sources import (
+    Extent,
     Index,
     Source,
     Stored,
     blocks,
     concrete,
+    extent_of,
     row_blocks,
     row_slices,
 )
@@ -210,6 +212,10 @@ class Renamed:
     ):
         self.source, self.names = source, dict(names)
         self.stored = stored or {new: source.stored[old] for new, old in names.items()}
+
+    def extent(self, name: str) -> Extent | None:
+        same = self.stored[name].dtype == self.source.stored[self.names[name]].dtype
+        return extent_of(self.source, self.names[name]) if same else None
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         array = self.source.read(self.names[name], index)

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of safetensors: shards, indices, and what is wrong with them."""
 
+import dataclasses
+import errno
 import json
+import os
 
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from apollo_jax.checkpoints import safetensors
 from apollo_jax.checkpoints.safetensors import TensorFolder
@@ -124,3 +127,25 @@ def test_a_broken_index_is_named(arrays, content, tmp_path):
     (tmp_path / safetensors.INDEX).write_text(content)
     with pytest.raises(ValueError, match=r"index\.json is not a safetensors index"):
         TensorFolder(tmp_path)
+
+
+@pytest.mark.parametrize("code", [None, errno.EXDEV])
+def test_bytes_are_copied_by_the_kernel_or_not(tmp_path, monkeypatch, code):
+    """Between other tensors, from the middle of a file; where the file system refuses, by us."""
+
+    def refuse(*_):
+        raise OSError(code, os.strerror(code or 0))
+
+    if code:
+        monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    arrays = {name: np.arange(n, dtype=np.float32) for name, n in dict(a=3, b=70_000, c=5).items()}
+    (tmp_path / "in").mkdir()
+    save_file(arrays, tmp_path / "in/model.safetensors")
+    found = TensorFolder(tmp_path / "in")
+    stored = {**found.stored, "c": dataclasses.replace(found.stored["c"], dtype="float64")}
+    changed = Renamed(found, {name: name for name in found.stored}, stored)
+    (tmp_path / "out").mkdir()
+    safetensors.write(tmp_path / "out", changed)
+    back = load_file(tmp_path / "out/model.safetensors")
+    assert {n: a.dtype for n, a in back.items()} == {n: s.dtype for n, s in stored.items()}
+    assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
