@@ -10,6 +10,7 @@ from typing import Any
 SUFFIXES = {".json", ".txt", ".py", ".md", ".model", ".jinja", ""}  # no suffix: LICENSE
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
+REPORT = "conversion_report.json"  # of one conversion: the next one does not take it along
 
 Files = dict[str, bytes]
 
@@ -22,7 +23,8 @@ def read(folder: Path) -> Files:
         here = ", ".join(p.name for p in sorted(folder.iterdir())) or "nothing"
         raise FileNotFoundError(f"{folder} has no {CONFIG} (it holds {here})")
     files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
-    return {p.name: p.read_bytes() for p in files if not p.name.startswith(".")}
+    taken = [p for p in files if not p.name.startswith(".") and p.name != REPORT]
+    return {p.name: p.read_bytes() for p in taken}
 
 
 def below(folder: Path, skip: Iterable[str]) -> Files:

@@ -132,6 +132,13 @@ def test_every_key_and_every_byte_is_in_the_report(tmp_path):
     assert not part["made_up"]
 
 
+def test_a_report_does_not_go_along_to_the_next_conversion(tmp_path):
+    convert.convert(DINOV2, tmp_path / "first", to="hf", verify=True)
+    convert.convert(tmp_path / "first", tmp_path / "second", to="hf")
+    assert (tmp_path / "first" / convert.REPORT).is_file()
+    assert not (tmp_path / "second" / convert.REPORT).exists()
+
+
 def test_parameters_of_our_own_format_are_accounted_for(tmp_path):
     convert.convert(DINOV2, tmp_path / "ours", to="orbax")
     checkpoint, found = convert.convert(tmp_path / "ours", tmp_path / "out", to="hf", verify=True)
