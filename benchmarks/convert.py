@@ -92,8 +92,8 @@ def with_safetensors(source: Path, target: Path) -> None:
 
 
 def with_transformers(source: Path, target: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     model.save_pretrained(target)

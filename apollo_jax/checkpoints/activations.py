@@ -53,8 +53,8 @@ def compare(
       folders: where transformers can read a part; the others are exported for it below `scratch`.
     """
     try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+        import torch  # noqa: F401  # pyright: ignore[reportMissingImports]
+        import transformers  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {name: dict(skipped=NO_TORCH) for name in before}
     with oracle.quiet():
@@ -93,7 +93,7 @@ def _compare(before: Part, after: Part, folder: Path | None, scratch: Path) -> d
 
 def _obstacle(name: str, part: Part, folder: Path | None, scratch: Path) -> str:
     """Why a part is not compared, or ""."""
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     config = part.published_config
     kind = config.get("model_type") or (config.get("architectures") or ["this part"])[0]
@@ -131,7 +131,7 @@ def _fields(path: Path) -> dict[str, int]:
 
 
 def _run(name: str, before: Part, after: Part, folder: Path) -> dict[str, Any]:
-    import transformers
+    import transformers  # pyright: ignore[reportMissingImports]
 
     x = oracle.fixed_input(before.config)
     try:

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from apollo_jax.checkpoints import activations, npz, parts, proof, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import Checkpoint
-from apollo_jax.checkpoints.opening import PICKLES, open_checkpoint, read_config
+from apollo_jax.checkpoints.foreign import PICKLES
+from apollo_jax.checkpoints.opening import open_checkpoint, read_config
 from apollo_jax.checkpoints.published import appearing, claim, write_apollo, write_parts
 from apollo_jax.models import apollo
 
@@ -69,7 +70,8 @@ def convert(
     Raises FileExistsError, FileNotFoundError, ValueError, OSError (disk full), naming what it is.
     """
     target = Path(os.path.abspath(target))
-    check_apart([source] * (source is not None) + [*(given or {}).values()], target)
+    sources = [] if source is None else [source]
+    check_apart([*sources, *(given or {}).values()], target)
     claim(target, overwrite)
     if connector and (given or {}).get(parts.CONNECTOR) != parts.FRESH:
         raise ValueError("--connector describes a fresh one: give --part connector=fresh with it")

@@ -51,7 +51,7 @@ def class_name(config: Mapping[str, Any]) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what transformers prints as it loads: `run` looks at all that matters of it."""
-    from transformers.utils import logging
+    from transformers.utils import logging  # pyright: ignore[reportMissingImports]
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -89,8 +89,8 @@ def run(
 
     ValueError if the folder does not fit the class to the last tensor.
     """
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     try:
         model, info = getattr(transformers, name).from_pretrained(

@@ -214,7 +214,7 @@ class TorchTensors:
         }
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         tensor = self._tensors[name]
         tensor = tensor[concrete(index, tuple(tensor.shape))] if tensor.ndim else tensor
@@ -231,7 +231,7 @@ def open_torch(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:
     refused unread; ImportError without torch.
     """
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ImportError(
             f"{path} is a pickle, which takes PyTorch to read: pip install 'apollo_jax[torch]'"
@@ -261,7 +261,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _state_dict(path: Path, content: Any, key: str) -> tuple[Source, dict[str, str]]:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")

@@ -137,27 +137,42 @@ def write(folder: Path, checkpoint: Checkpoint, dtype: str | None = None) -> Non
     ours = checkpoint.ours
     names = {name: name for name in ours.stored}
     as_stored = {
-        name: dataclasses.replace(s, dtype=dtype) if dtype and is_float(s.dtype) else s
-        for name, s in ours.stored.items()
+        name: dataclasses.replace(s, dtype=_dtype(s, dtype)) for name, s in ours.stored.items()
     }
     write_arrays(folder / WEIGHTS, Renamed(ours, names, as_stored))
-    companions.write(folder / PUBLISHED, checkpoint.files)
+    companions.write(folder / PUBLISHED, _saying(checkpoint.files, dtype))
     for place, part in checkpoint.parts.items():
-        _write_rest(folder / PUBLISHED / place, part)
+        _write_rest(folder / PUBLISHED / place, part, dtype)
     kind = _kind(checkpoint.config)
     content = dict(format=FORMAT, kind=kind, model=dataclasses.asdict(checkpoint.config))
     text = json.dumps(content, indent=2)  # unsorted: towers stand in channel order
     companions.write(folder, {companions.CONFIG: text.encode()})
 
 
-def _write_rest(folder: Path, part: Part) -> None:
-    laid = {spelling: dataclasses.asdict(stored) for spelling, stored in part.stored.items()}
+def _write_rest(folder: Path, part: Part, dtype: str | None) -> None:
+    """The published files, where its tensors lay, and those that no parameter holds."""
+    laid = {
+        spelling: dataclasses.asdict(stored) | dict(dtype=_dtype(stored, dtype))
+        for spelling, stored in part.stored.items()
+    }
     content = dict(names=dict(part.names), stored=laid)
-    companions.write(folder, {**part.files, LAYOUT: json.dumps(content).encode()})
+    files = _saying(part.files, dtype)
+    companions.write(folder, {**files, LAYOUT: json.dumps(content).encode()})
     unused = {name: name for name, slot in part.slots.items() if not slot.path}
-    stored = {name: dataclasses.replace(part.tensors.stored[name], file=UNUSED) for name in unused}
+    was = {name: part.tensors.stored[name] for name in unused}
+    stored = {
+        name: dataclasses.replace(s, file=UNUSED, dtype=_dtype(s, dtype)) for name, s in was.items()
+    }
     if stored:
         safetensors.write(folder, Renamed(part.tensors, unused, stored))
+
+
+def _dtype(stored: Stored, dtype: str | None) -> str:
+    return dtype if dtype and is_float(stored.dtype) else stored.dtype
+
+
+def _saying(files: companions.Files, dtype: str | None) -> companions.Files:
+    return files if dtype is None else companions.state_dtype(dict(files), dtype)
 
 
 def read_config(folder: Path) -> Any:
@@ -166,7 +181,7 @@ def read_config(folder: Path) -> Any:
     if content.get("kind") not in _KINDS:
         raise ValueError(f"{folder / companions.CONFIG}: kind {content.get('kind')!r} is unknown")
     try:
-        config = from_dict(_KINDS[content["kind"]], content.get("model"))
+        config = from_dict(_KINDS[content["kind"]], content.get("model") or {})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / companions.CONFIG}: {error}") from error
     if isinstance(config, apollo.Config):

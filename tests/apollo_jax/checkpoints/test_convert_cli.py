@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -43,15 +42,15 @@ def cli(*args) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-def arrays(path: Path) -> dict[str, bytes]:
-    """The arrays of an .npz, byte for byte, with their types and shapes."""
-    with zipfile.ZipFile(path) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)
 
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(
-        a[n].dtype == b[n].dtype and np.array_equal(a[n], b[n]) for n in a
+        (a[n].dtype, a[n].shape) == (b[n].dtype, b[n].shape) and a[n].tobytes() == b[n].tobytes()
+        for n in a
     )
 
 
@@ -90,43 +89,46 @@ def test_a_published_tower_comes_back(encoders, contents, tmp_path, kind):
     source = encoders / kind
     was = {n: c for n, c in contents(source).items() if not n.endswith(".npz")}
     run("--to", "orbax", source, tmp_path / "orbax")
-    run("--verify", tmp_path / "orbax", tmp_path / "back")
+    run(tmp_path / "orbax", tmp_path / "back")
     assert contents(tmp_path / "back") == was
 
 
-def test_big_vision_both_ways(encoders, tmp_path):
+@pytest.mark.parametrize("layout", [LOOP, SCAN])
+def test_big_vision_both_ways(encoders, tmp_path, layout):
     source = encoders / "bigvision-siglip-a"
-    expected = load_file(source / "model.safetensors")
-    for layout in (LOOP, SCAN):
-        out = tmp_path / f"hf-{layout[:4]}"
-        run("--from", "big_vision", "--to", "hf", "--verify", source / layout, out)
-        assert same(load_file(out / "model.safetensors"), expected)
-        run("--to", "big_vision", "--verify", out, tmp_path / LOOP)
-        run("--to", "big_vision", "--scan", "--verify", out, tmp_path / SCAN)
-        for back in (LOOP, SCAN):
-            with np.load(source / back) as was, np.load(tmp_path / back) as now:
-                image = {n for n in was.files if n.startswith("params/img/")} or {*was.files}
-                assert {*now.files} == {n for n in image if n in now.files}
-                assert all(np.array_equal(was[n], now[n]) for n in now.files)
-            (tmp_path / back).unlink()
-            (tmp_path / f"{back}.conversion_report.json").unlink()
+    run("--from", "big_vision", "--to", "hf", source / layout, tmp_path / "hf")
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    expected = load_file(source / "model.safetensors")  # the vision half
+    assert same({name: found[name] for name in expected}, expected)
+    run("--to", "big_vision", tmp_path / "hf", tmp_path / LOOP)
+    run("--to", "big_vision", "--scan", tmp_path / "hf", tmp_path / SCAN)
+    for back in (LOOP, SCAN):
+        assert same(arrays(tmp_path / back), arrays(source / back))
 
 
 def test_bfloat16_as_big_vision_stores_it(encoders, tmp_path):
-    with np.load(encoders / "bigvision-siglip-a" / LOOP) as z:
-        half = {n: a.astype(ml_dtypes.bfloat16) for n, a in z.items()}
+    wide = arrays(encoders / "bigvision-siglip-a" / LOOP)
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in wide.items()}
     np.savez(tmp_path / "half.npz", **half)
-    with np.load(tmp_path / "half.npz") as stored:
-        assert {a.dtype.str for a in stored.values()} == {"|V2"}
+    assert {a.dtype.str for a in arrays(tmp_path / "half.npz").values()} == {"|V2"}
     run("--verify", tmp_path / "half.npz", tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     assert {t.dtype.name for t in tensors.values()} == {"bfloat16"}
-    run("--to", "big_vision", "--verify", tmp_path / "hf", tmp_path / "back.npz")
-    was, now = arrays(tmp_path / "half.npz"), arrays(tmp_path / "back.npz")
-    assert now.items() <= was.items()
-    run("--dtype", "float32", "--verify", tmp_path / "half.npz", tmp_path / "wide")
+    run("--to", "big_vision", tmp_path / "hf", tmp_path / "back.npz")
+    assert same(arrays(tmp_path / "back.npz"), arrays(tmp_path / "half.npz"))
+    run("--dtype", "float32", tmp_path / "half.npz", tmp_path / "wide")
     tensors = load_file(tmp_path / "wide" / "model.safetensors")
     assert {t.dtype.name for t in tensors.values()} == {"float32"}
+
+
+def test_another_dtype_is_that_of_every_tensor(tiny, tmp_path):
+    source = tiny / "checkpoint" / "vision_tower" / SIGLIP
+    run("--to", "orbax", "--dtype", "bfloat16", "--verify", source, tmp_path / "orbax")
+    run(tmp_path / "orbax", tmp_path / "back")
+    found = load_file(tmp_path / "back" / "model.safetensors")
+    assert {t.dtype.name for t in found.values()} == {"bfloat16"}
+    expected = load_file(source / "model.safetensors")
+    assert same(found, {n: t.astype(ml_dtypes.bfloat16) for n, t in expected.items()})
 
 
 def test_other_names_in_a_safetensors_folder(encoders, tmp_path):
@@ -140,7 +142,7 @@ def test_other_names_in_a_safetensors_folder(encoders, tmp_path):
     shutil.copy(source / "config.json", folder)
     named = {vjepa.APOLLO + name: tensor for name, tensor in plain.items()}
     save_file(named, folder / "model.safetensors")
-    run("--verify", folder, tmp_path / "out")
+    run(folder, tmp_path / "out")
     assert same(load_file(tmp_path / "out" / "model.safetensors"), plain)
     del named["vision_tower.norm.bias"]
     save_file(named, folder / "model.safetensors")
@@ -165,20 +167,20 @@ def folders(official):
 
 
 def test_apollo_through_orbax_comes_back(official, contents, tmp_path):
-    run("--to", "orbax", "--verify", official, tmp_path / "orbax")
+    run("--to", "orbax", official, tmp_path / "orbax")
     run("--verify", tmp_path / "orbax", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(official)
 
 
 def test_split_and_assembled_again(official, folders, contents, tmp_path):
-    run("--to", "hf", "--verify", official, tmp_path / "parts")
+    run("--to", "hf", official, tmp_path / "parts")
     for folder in folders:
         own = tmp_path / "parts" / Path(folder).name
         assert contents(own) == contents(official / folder)
     paths = {"connector": "mm_connector", "llm": "llm"}
     paths |= {name: name for name in (SIGLIP, "internvideo2")}
     given = [f"--part={name}={tmp_path / 'parts' / at}" for name, at in paths.items()]
-    run(*given, "--verify", tmp_path / "whole")
+    run(*given, tmp_path / "whole")
     for folder in folders:
         assert contents(tmp_path / "whole" / folder) == contents(official / folder)
     assert convert.read_config(tmp_path / "whole") == convert.read_config(official)
@@ -190,7 +192,7 @@ def test_a_part_is_replaced(official, folders, contents, tmp_path):
     tensors = load_file(llm / "model.safetensors")
     tensors["model.norm.weight"] *= 2
     save_file(tensors, llm / "model.safetensors", {"format": "pt"})
-    run("--verify", "--part", f"llm={llm}", official, tmp_path / "out")
+    run("--part", f"llm={llm}", official, tmp_path / "out")
     for folder in folders:
         expected = contents(llm if folder == "llm" else official / folder)
         assert contents(tmp_path / "out" / folder) == expected
@@ -203,7 +205,7 @@ def test_one_part(official, contents, tmp_path):
 
 def test_vocabulary_and_head(official, tmp_path):
     was = load_file(official / "llm" / "model.safetensors")["model.embed_tokens.weight"]
-    sizes = ("--vocab-size", "448", "--head", "untied", "--dtype", "bfloat16", "--verify")
+    sizes = ("--vocab-size", "448", "--head", "untied", "--dtype", "bfloat16")
     run(*sizes, "--max-shard-size", "100KB", official, tmp_path / "out")
     llm = tmp_path / "out" / "llm"
     index = json.loads((llm / "model.safetensors.index.json").read_text())["weight_map"]
