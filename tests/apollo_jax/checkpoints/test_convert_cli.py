@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -108,7 +109,7 @@ def test_big_vision_both_ways(encoders, tmp_path, layout):
 
 def test_bfloat16_as_big_vision_stores_it(encoders, tmp_path):
     wide = arrays(encoders / "bigvision-siglip-a" / LOOP)
-    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in wide.items()}
+    half: dict[str, Any] = {name: array.astype(ml_dtypes.bfloat16) for name, array in wide.items()}
     np.savez(tmp_path / "half.npz", **half)
     assert {a.dtype.str for a in arrays(tmp_path / "half.npz").values()} == {"|V2"}
     run("--verify", tmp_path / "half.npz", tmp_path / "hf")
