@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,9 @@ def test_an_unfinished_checkpoint_is_not_seen(run):
     folder = run / "checkpoints"
     shutil.copytree(folder / "00000003", folder / "00000004.orbax-checkpoint-tmp")
     assert restore(run)[0] == 3
+    deadline = time.monotonic() + 60  # Orbax removes it in the background
+    while "00000004.orbax-checkpoint-tmp" in os.listdir(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert sorted(os.listdir(folder)) == ["00000002", "00000003"]
 
 
