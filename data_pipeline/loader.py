@@ -29,7 +29,7 @@ from data_pipeline.sampling import ClipSampling
 from data_pipeline.sources import JsonlSource
 from data_pipeline.tokenizer import Tokenizer
 
-WINDOW = 512  # draws packed together: 99 % of the best possible fill, in memory for a moment
+WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fill
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Loader:
         self._next_step, self._cursor = step, cursor
         plan = Plan(
             self._mixture,
-            self._size_of,
+            self._sizes_of,
             config.length,
             config.clips,
             seed=config.seed,
@@ -172,6 +172,10 @@ class Loader:
         # One thread walks the plan; the rows of each step are decoded by the pool.
         ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=config.prefetch)
         self._iterator = iter(batches.to_iter_dataset(ahead))
+
+    def _sizes_of(self, draws: np.ndarray) -> np.ndarray:
+        """i32[n, 2] tokens and clips of draws, (0, 0) where unusable; worked out once each."""
+        return np.array([self._size_of((source, index)) for source, index in draws.tolist()])
 
     def _size_of(self, draw: Draw) -> tuple[int, int]:
         """(tokens, clips) of a record, (0, 0) if it cannot be used; worked out once."""
@@ -240,6 +244,7 @@ class Loader:
     def _fingerprints(self) -> dict[str, Any]:
         config = asdict(self._config)
         facts = {key: value for key, value in config.items() if key not in _FREE}
+        facts["packing"] = f"windows of {WINDOW}"  # a state is of one way to plan rows
         for name, source in self._sources.items():
             facts[f"sources.{name}.weight"] = self._config.sources[name].weight
             facts[f"sources.{name}.content"] = source.fingerprint

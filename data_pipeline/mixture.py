@@ -37,17 +37,25 @@ class Mixture:
         self._edges[-1] = 1.0
         self._order = lru_cache(maxsize=2 * len(self.names))(self._permutation)
 
-    def block(self, index: int) -> list[tuple[int, int]]:
-        """The draws at positions [index * block, (index + 1) * block): (source, record) numbers."""
+    def block(self, index: int) -> np.ndarray:
+        """The draws at positions [index * block, (index + 1) * block), i64[block, 2].
+
+        Each is (source, record), by their numbers.
+        """
         counts = self._counts(index + 1)
-        drawn = counts[:-1].sum(0)  # by each source, before this block
-        sources = np.repeat(np.arange(len(self.names)), counts[-1])
-        self._rng(0, index).shuffle(sources)
-        draws = []
-        for source in sources.tolist():
-            epoch, place = divmod(int(drawn[source]), self._sizes[source])
-            draws.append((source, int(self._order(source, epoch)[place])))
-            drawn[source] += 1
+        before = counts[:-1].sum(0)
+        draws = np.empty((self.block_size, 2), np.int64)
+        draws[:, 0] = np.repeat(np.arange(len(self.names)), counts[-1])
+        self._rng(0, index).shuffle(draws[:, 0])
+        for source in np.flatnonzero(counts[-1]).tolist():
+            epochs, places = np.divmod(
+                before[source] + np.arange(counts[-1, source]), self._sizes[source]
+            )
+            records = [
+                self._order(source, epoch)[places[epochs == epoch]]
+                for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
+            ]
+            draws[draws[:, 0] == source, 1] = np.concatenate(records)
         return draws
 
     def _counts(self, blocks: int) -> np.ndarray:
