@@ -2,7 +2,7 @@
 """The mesh, and the one table from logical axis names to mesh axes (GSPMD)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,3 +116,45 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         for size, p in zip(x.shape, spec(*names), strict=True)
     ]
     return jax.lax.with_sharding_constraint(x, P(*parts))
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the mesh in use is made of, else the default backend."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def per_device(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    names: Sequence[tuple[str | None, ...]],
+) -> jax.Array:
+    """function(*arrays), run by each device of the mesh on its own part; nothing is exchanged.
+
+    `names` are the logical axes of each array; the result is laid out as the first. Kernels that
+    the compiler cannot partition are called this way.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = [_dividing(x.shape, spec(*n), mesh) for x, n in zip(arrays, names, strict=True)]
+    mapped = jax.shard_map(function, in_specs=tuple(specs), out_specs=specs[0], check_vma=False)
+    return mapped(*arrays)
+
+
+def divides(size: int, name: str | None) -> bool:
+    """Whether the mesh in use splits an axis of this size and logical name evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or size % _ways(spec(name)[0], mesh) == 0
+
+
+def _dividing(shape: tuple[int, ...], partition: P, mesh: AbstractMesh) -> P:
+    """`partition` with as many mesh axes on each axis as divide its size."""
+    parts = []
+    for size, mesh_axes in zip(shape, partition, strict=True):
+        axes = () if mesh_axes is None else tuple(np.atleast_1d(np.asarray(mesh_axes)).tolist())
+        while axes and size % _ways(axes, mesh):
+            axes = axes[:-1]
+        parts.append(axes or None)
+    return P(*parts)

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from apollo_jax.models.siglip import patchify, sincos_2d
 from data_pipeline.transforms import FrameSpec
 
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         q, k, v = (f(x).reshape(*x.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        return self.out(layers.attention(q, k, v).reshape(x.shape))
+        return self.out(attention(q, k, v).reshape(x.shape))
 
 
 class Block(nnx.Module):

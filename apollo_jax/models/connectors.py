@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 
 PROJECTORS = ("mlp1x_gelu", "mlp2x_gelu", "perceiver_mlp", "conv2d_KxK")
 RESAMPLERS = ("perciver", "avg")  # the first is the published spelling
@@ -159,7 +160,7 @@ class PerceiverLayer(nnx.Module):
         keys = jnp.concatenate([self.context_norm(context), latents], axis=1)
         q = self.q(latents).reshape(n, q_len, self.heads, -1)
         k, v = (f(keys).reshape(n, keys.shape[1], self.kv_heads, -1) for f in (self.k, self.v))
-        z = z + self.out(layers.attention(q, k, v).reshape(n, q_len, -1))
+        z = z + self.out(attention(q, k, v).reshape(n, q_len, -1))
         return z + self.mlp(self.mlp_norm(z)), None
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from apollo_jax.models.internvideo2 import scaled
 from apollo_jax.models.siglip import patchify, sincos_2d
 from data_pipeline.transforms import FrameSpec, cubic_weights
@@ -118,7 +119,7 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], None]:
         h = self.norm1(x)
         q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        x = x + scaled(self.out(layers.attention(q, k, v).reshape(x.shape)), self.ls1)
+        x = x + scaled(self.out(attention(q, k, v).reshape(x.shape)), self.ls1)
         h = self.fc1(self.norm2(x))
         if self.swiglu:
             gate, value = jnp.split(h, 2, axis=-1)

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from apollo_jax.models.siglip import sincos
 from data_pipeline.transforms import FrameSpec
 
@@ -107,7 +108,7 @@ class Block(nnx.Module):
         q, k, v = (
             a.reshape(*a.shape[:2], self.heads, -1) for a in (self.q_norm(q), self.k_norm(k), v)
         )
-        out = self.proj(layers.attention(q, k, v).reshape(x.shape))
+        out = self.proj(attention(q, k, v).reshape(x.shape))
         x = x + scaled(out, self.ls1)
         out = self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
         return x + scaled(out, self.ls2), None

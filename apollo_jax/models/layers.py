@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that every model shares, and the two verbs for stacked layers: `stack` and `fold`.
 
-B batch, L query positions, S key positions, D stream, N query heads, K key/value heads,
-G = N / K query heads per key head, H head dim.
+B batch, L positions, D stream.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 
@@ -107,28 +106,6 @@ class RMSNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32)).astype(self.dtype)
-
-
-def attention(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    mask: Bool[Array, "#B #L S"] | None = None,
-) -> Float[Array, "B L N H"]:
-    """Softmax attention with grouped query heads, scale 1/sqrt(H), softmax in float32.
-
-    `mask` is True where a query may look; a query that may look nowhere gets a uniform average.
-    """
-    b, length, n, h = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(b, length, kv_heads, n // kv_heads, h)
-    scores = jnp.einsum("blkgh,bskh->bkgls", q, k, preferred_element_type=jnp.float32)
-    scores = scores * h**-0.5
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgls,bskh->blkgh", weights, v)
-    return out.reshape(b, length, n, h)
 
 
 def stack(make: Callable[[nnx.Rngs], M], depth: int, rngs: nnx.Rngs) -> M:

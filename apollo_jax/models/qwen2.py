@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import Causal, attention
 from apollo_jax.sharding import constrain
 
 
@@ -180,7 +181,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B L D"],
         rope: tuple[Float[Array, "B L 1 H"], Float[Array, "B L 1 H"]],
-        mask: Bool[Array, "B L S+L"],
+        mask: Causal | Bool[Array, "B L S+L"],
         past_k: Float[Array, "B S K H"] | None = None,
         past_v: Float[Array, "B S K H"] | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
@@ -191,7 +192,8 @@ class Block(nnx.Module):
         v = self.v(h).reshape(b, length, self.kv_heads, -1)
         keys = k if past_k is None else jnp.concatenate([past_k, k], axis=1)
         values = v if past_v is None else jnp.concatenate([past_v, v], axis=1)
-        x = x + self.out(layers.attention(q, keys, values, mask).reshape(b, length, -1))
+        seen = attention(q, keys, values, mask, axes=("batch", "heads"))
+        x = x + self.out(seen.reshape(b, length, -1))
         h = self.norm2(x)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
         return constrain(x, "batch", "length", None), (k, v)
@@ -242,26 +244,17 @@ class Qwen2(nnx.Module):
         Returns the hidden states and the new keys and values [Y, B, L, K, H] (see `append`).
         """
         rope = rope_tables(positions, self.head_dim, self.rope_theta, self.dtype)
-        mask = causal_mask(x.shape[1], segment_ids)
-        past = ()
+        mask, past = Causal(segment_ids), ()
         if cache is not None:
             slots = jnp.arange(cache.k.shape[2])
             seen = slots[None, None] < cache.length[:, None, None]
             seen = jnp.broadcast_to(seen, (*x.shape[:2], slots.size))
-            mask = jnp.broadcast_to(mask, (x.shape[0], *mask.shape[1:]))
-            mask = jnp.concatenate([seen, mask], axis=-1)
+            among = mask.dense(x.shape[1])  # the new tokens
+            among = jnp.broadcast_to(among, (x.shape[0], *among.shape[1:]))
+            mask = jnp.concatenate([seen, among], axis=-1)
             past = (cache.k, cache.v)
         x, new = layers.fold(self.layers, x, rope, mask, per_layer=past, remat=remat)
         return self.norm(x), new
-
-
-def causal_mask(length: int, segment_ids: Int[Array, "B L"] | None) -> Bool[Array, "#B L L"]:
-    """True where query i may see key j: j <= i, in the same segment."""
-    order = jnp.arange(length)
-    mask = (order[:, None] >= order[None, :])[None]
-    if segment_ids is None:
-        return mask
-    return mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
 def append(cache: KVCache, new: tuple[Array, Array], length: Int[Array, " B"]) -> KVCache:

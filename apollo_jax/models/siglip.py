@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from data_pipeline.transforms import FrameSpec
 
 
@@ -129,7 +130,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], None]:
         h = self.norm1(x)
         q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
-        x = x + self.out(layers.attention(q, k, v, mask).reshape(x.shape))
+        x = x + self.out(attention(q, k, v, mask).reshape(x.shape))
         x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=True))
         return x, None
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from apollo_jax.models.internvideo2 import tubelets
 from data_pipeline.transforms import FrameSpec
 
@@ -98,7 +99,7 @@ class Block(nnx.Module):
             a.reshape(*a.shape[:2], self.heads, -1)
             for a in jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)
         )
-        x = x + self.proj(layers.attention(q, k, v).reshape(x.shape))
+        x = x + self.proj(attention(q, k, v).reshape(x.shape))
         x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
         return x, None
 

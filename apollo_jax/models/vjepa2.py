@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
+from apollo_jax.models.attention import attention
 from apollo_jax.models.internvideo2 import tubelets
 from data_pipeline.transforms import FrameSpec
 
@@ -109,7 +110,7 @@ class Block(nnx.Module):
         h = self.norm1(x)
         q, k, v = (f(h).reshape(*h.shape[:2], self.heads, -1) for f in (self.q, self.k, self.v))
         q, k = rotate(q, angles), rotate(k, angles)
-        x = x + self.out(layers.attention(q, k, v).reshape(x.shape))
+        x = x + self.out(attention(q, k, v).reshape(x.shape))
         x = x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
         return x, None
 

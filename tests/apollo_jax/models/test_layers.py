@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and the two verbs for stacked layers."""
+"""The two verbs for stacked layers."""
 
 import jax
 import jax.numpy as jnp
@@ -39,25 +39,6 @@ def test_fold_runs_stacked_layers_in_order():
 def test_stacked_parameters_name_their_axes():
     stacked = layers.stack(Layer, 3, nnx.Rngs(0))
     assert stacked.linear.kernel.get_metadata()["out_sharding"] == ("layers", "embed", "mlp")
-
-
-def test_attention_with_grouped_heads_equals_repeated_heads():
-    keys = jax.random.split(jax.random.key(0), 3)
-    q = jax.random.normal(keys[0], (2, 5, 6, 8))
-    k, v = (jax.random.normal(key, (2, 7, 2, 8)) for key in keys[1:])
-    mask = jnp.arange(7)[None, None] <= jnp.arange(5)[None, :, None] + 2
-    grouped = layers.attention(q, k, v, mask)
-    scores = jnp.einsum("blnh,bsnh->bnls", q, jnp.repeat(k, 3, axis=2)) / np.sqrt(8)
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
-    expected = jnp.einsum("bnls,bsnh->blnh", weights, jnp.repeat(v, 3, axis=2))
-    np.testing.assert_allclose(grouped, expected, atol=1e-6)
-
-
-def test_attention_of_a_query_without_keys_is_finite():
-    q = jnp.ones((1, 1, 1, 4))
-    k = v = jnp.arange(8.0).reshape(1, 2, 1, 4)
-    out = layers.attention(q, k, v, jnp.zeros((1, 1, 2), bool))
-    np.testing.assert_allclose(out[0, 0, 0], v[0].mean(axis=(0, 1)))
 
 
 def test_rms_norm_computes_in_float32():

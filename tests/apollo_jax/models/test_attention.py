@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on XLA against its definition, and the TPU kernel against XLA (interpreted)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apollo_jax import sharding
+from apollo_jax.models.attention import Causal, attention, splash_attention, xla_attention
+
+
+def test_attention_with_grouped_heads_equals_repeated_heads():
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (2, 5, 6, 8))
+    k, v = (jax.random.normal(key, (2, 7, 2, 8)) for key in keys[1:])
+    mask = jnp.arange(7)[None, None] <= jnp.arange(5)[None, :, None] + 2
+    grouped = xla_attention(q, k, v, mask)
+    scores = jnp.einsum("blnh,bsnh->bnls", q, jnp.repeat(k, 3, axis=2)) / np.sqrt(8)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    expected = jnp.einsum("bnls,bsnh->blnh", weights, jnp.repeat(v, 3, axis=2))
+    np.testing.assert_allclose(grouped, expected, atol=1e-6)
+
+
+def test_attention_of_a_query_without_keys_is_finite():
+    q = jnp.ones((1, 1, 1, 4))
+    k = v = jnp.arange(8.0).reshape(1, 2, 1, 4)
+    out = xla_attention(q, k, v, jnp.zeros((1, 1, 2), bool))
+    np.testing.assert_allclose(out[0, 0, 0], v[0].mean(axis=(0, 1)))
+
+
+def operands(length, keys, heads, kv_heads, head_dim, batch=2):
+    rng = np.random.default_rng(0)
+    shapes = (batch, length, heads, head_dim), *2 * [(batch, keys, kv_heads, head_dim)]
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def segments(length, batch=2):
+    return jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (batch, length)), axis=1))
+
+
+@pytest.mark.parametrize(
+    ("length", "keys", "heads", "kv_heads", "head_dim", "mask"),
+    [
+        (300, 300, 4, 2, 24, Causal(segments(300))),  # the decoder's pattern
+        (256, 256, 2, 1, 128, Causal()),
+        (260, 260, 2, 2, 72, None),  # SigLIP's head dim
+        (257, 300, 1, 1, 88, None),  # InternVideo2's, and other keys than queries
+    ],
+)
+def test_splash_equals_xla(length, keys, heads, kv_heads, head_dim, mask):
+    q, k, v = operands(length, keys, heads, kv_heads, head_dim)
+    causal = mask is not None
+    ids = mask.segment_ids if causal else None
+
+    def fast(q, k, v):
+        axes = ("batch", "heads")
+        return splash_attention(q, k, v, ids, causal=causal, axes=axes, interpret=True)
+
+    out, backward = jax.vjp(fast, q, k, v)
+    expected, expected_backward = jax.vjp(lambda *x: attention(*x, mask), q, k, v)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    for got, wanted in zip(backward(out), expected_backward(out), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 1])  # 1 does not divide over the tensor axis
+def test_each_device_runs_its_rows_and_heads(kv_heads):
+    q, k, v = operands(256, 256, 4, kv_heads, 16, batch=4)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def fast(q, k, v):
+        axes = ("batch", "heads")
+        return splash_attention(q, k, v, None, causal=True, axes=axes, interpret=True)
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(fast)(q, k, v)
+        assert out.sharding.spec[0] == ("data", "fsdp")
+    np.testing.assert_allclose(out, attention(q, k, v, Causal()), atol=2e-5)
+
+
+def test_rows_that_do_not_divide_over_the_mesh():
+    q, k, v = operands(256, 256, 1, 1, 16, batch=3)
+
+    def fast(q, k, v):
+        axes = ("clips", None)
+        return splash_attention(q, k, v, None, causal=False, axes=axes, interpret=True)
+
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig())):
+        out = jax.jit(fast)(q, k, v)
+    np.testing.assert_allclose(out, attention(q, k, v), atol=2e-5)
