@@ -9,6 +9,9 @@ the official code does. That code also drops the first token after a prompt that
 placeholder, meant for tokenizers that prepend a BOS; ours always begin with <|im_start|>, so
 nothing is ever dropped. Answers too are tokenised on their own: what a model is trained to
 continue is exactly the prompt it will be given.
+
+A plain text (a single turn of role 'text') has no chat around it: all of it is learnt, up to the
+<|endoftext|> that closes it, save for what introduces its media.
 """
 
 import re
@@ -20,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 from num2words import num2words
 
-from data_pipeline.tokenizer import TURN_END, TURN_START, Tokenizer
+from data_pipeline.tokenizer import PAD, TURN_END, TURN_START, Tokenizer
 
 SYSTEM = "You are a helpful vision-language assistant."
 ROLES = ("system", "user", "assistant")
@@ -31,7 +34,7 @@ _VISUAL = re.compile("|".join(map(re.escape, VISUAL_TOKEN.values())))
 
 @dataclass(frozen=True)
 class Turn:
-    role: str  # one of ROLES
+    role: str  # one of ROLES, or 'text'
     text: str
 
 
@@ -126,6 +129,8 @@ def _pieces(
     """Alternating (text, whether the assistant says it); an answer ends with its <|im_end|>."""
     pieces: list[tuple[str, bool]] = []
     waiting = list(media)
+    if [turn.role for turn in turns] == ["text"]:
+        return _plain_text(turns[0].text, media, tokens_per_clip)
     if not turns or turns[0].role != "system":
         turns = [Turn("system", SYSTEM), *turns]
     prompt = ""
@@ -147,6 +152,20 @@ def _pieces(
     if turns[-1].role != "assistant":
         pieces.append((f"{prompt}{TURN_START}assistant\n", False))
     return pieces
+
+
+def _plain_text(
+    text: str, media: Sequence[MediaClips], tokens_per_clip: int
+) -> list[tuple[str, bool]]:
+    runs = PLACEHOLDER.split(text)[::2] if media else [text]
+    if len(runs) != len(media) + 1:
+        raise ValueError(
+            f"the text has {len(runs) - 1} <video>/<image> placeholders for {len(media)} media"
+        )
+    pieces = [(runs[0], True)]
+    for medium, after in zip(media, runs[1:], strict=True):
+        pieces += [(media_text(medium, tokens_per_clip), False), (after, True)]
+    return [*pieces, (PAD, True)]
 
 
 def _fill(text: str, waiting: list[MediaClips], tokens_per_clip: int) -> str:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import MediaClips, Rendered, render
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.sampling import ClipSampling, sample_clips
-from data_pipeline.sources import Media, Record
 from data_pipeline.tokenizer import Tokenizer
 
 _CLIP_TEXT = 32  # an upper bound of the tokens of one clip's "123.4-125.9 seconds: "

@@ -105,6 +105,22 @@ def test_an_own_system_text_takes_the_same_place():
     )
 
 
+def test_a_plain_text_is_learnt_to_its_end_and_its_media_are_not(video, tokenizer):
+    document = [Turn("text", "Use <video>, said <image>.")]
+    sample = render(document, [], tokenizer, Q)
+    assert tokenizer.decode(sample.tokens, skip_special=False) == (
+        "Use <video>, said <image>.<|endoftext|>"
+    )
+    assert sample.loss_weights.all()
+    sample = render(document, [video, image()], tokenizer, Q)
+    learnt = tokenizer.decode(sample.tokens[sample.loss_weights > 0], skip_special=False)
+    assert learnt == "Use , said .<|endoftext|>"
+    text = prompt_text(document, [video, image()], Q)
+    assert text.startswith(f"Use {media_text(video, Q)}, said <|image_token|>")
+    with pytest.raises(ValueError, match="2 <video>/<image> placeholders for 1 media"):
+        render(document, [video], tokenizer, Q)
+
+
 def test_mismatches_are_errors(video, tokenizer):
     with pytest.raises(ValueError, match="0 <video>/<image> placeholders for 1 media"):
         prompt_text([Turn("user", "What?")], [video], Q)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import Turn
 from data_pipeline.samples import SampleMaker
 from data_pipeline.sampling import ClipSampling, sample_clips
-from data_pipeline.sources import Media, Record
 from data_pipeline.tokenizer import Tokenizer
 
 LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"
