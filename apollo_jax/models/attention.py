@@ -123,7 +123,7 @@ def _local(causal: bool, length: int, keys: int, interpret: bool) -> Any:
         block_kv_dq=block_kv,
     )
 
-    def local(q: Array, k: Array, v: Array, queries: Array, seen: Array) -> Array:
+    def local(q: Array, k: Array, v: Array, queries: Array, seen: Array) -> Any:
         shape = (padded[0], padded[1])
         pattern = splash.CausalMask(shape) if causal else splash.FullMask(shape)
         run = splash.make_splash_mha(
