@@ -11,7 +11,6 @@ The state is the next step, so it may be continued by any number of processes or
 
 import functools
 import math
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,16 +25,10 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.packing import Draw, Plan, place
 from data_pipeline.samples import Sample, SampleMaker
 from data_pipeline.sampling import ClipSampling
-from data_pipeline.sources import JsonlSource
+from data_pipeline.sources import Source, SourceConfig, open_source
 from data_pipeline.tokenizer import Tokenizer
 
 WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fill
-
-
-@dataclass(frozen=True)
-class SourceConfig:
-    path: str  # JSONL, see sources.py
-    weight: float = 1.0  # share of the samples, relative to the other sources
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ class Loader:
         self._num_steps = num_steps
         rows = config.batch_size // process_count
         self._local = slice(process_index * rows, (process_index + 1) * rows)
-        self._maker = _sample_maker(config)
+        self._maker = sample_maker(config)
         self._sources = {n: _open_source(n, config, self._maker) for n in config.sources}
         sizes = {name: len(source) for name, source in self._sources.items()}
         weights = {name: source.weight for name, source in config.sources.items()}
@@ -214,12 +207,14 @@ class Loader:
         token = clip = segment = 0
         bad = []
         for source, index in draws:
-            record = self._readers[source][index]
+            record_id = f"{self._mixture.names[source]}[{index}]"
             try:
+                record = self._readers[source][index]
+                record_id = record.id
                 sample = self._maker.make(record)
                 _decode(batch, row, clip, segment + 1, sample)
             except _DATA_ERRORS as error:
-                bad.append((record.id, str(error)))
+                bad.append((record_id, str(error)))
                 continue
             segment += 1
             visual = clip * self._config.tokens_per_clip
@@ -271,7 +266,8 @@ def _decode(batch: Batch, row: int, clip: int, segment: int, sample: Sample) -> 
     batch.clip_segment_ids[row, slots] = segment
 
 
-def _sample_maker(config: DataConfig) -> SampleMaker:
+def sample_maker(config: DataConfig) -> SampleMaker:
+    """What makes samples as `config` says; FileNotFoundError or ValueError for wrong paths."""
     return SampleMaker(
         shards=[FrameShards(path) for path in config.frames],
         tokenizer=Tokenizer.from_path(config.tokenizer),
@@ -288,12 +284,12 @@ def _sample_maker(config: DataConfig) -> SampleMaker:
     )
 
 
-def _open_source(name: str, config: DataConfig, known: SampleMaker) -> JsonlSource:
-    source = JsonlSource(os.fspath(config.sources[name].path), known)
+def _open_source(name: str, config: DataConfig, known: SampleMaker) -> Source:
+    source, path = open_source(config.sources[name], known), config.sources[name].path
     if len(source.missing) > config.max_bad_share * len(source):
         examples = "\n".join(f"  {record}: {media!r}" for record, media in source.missing[:5])
         raise ValueError(
-            f"source {name!r} ({source.path}): {len(source.missing)} of {len(source)} records need "
+            f"source {name!r} ({path}): {len(source.missing)} of {len(source)} records need "
             f"media that are not in the frame shards {', '.join(config.frames) or '(none)'}, more "
             f"than max_bad_share={config.max_bad_share}; media are named by their path relative "
             f"to predecode's --root:\n{examples}"

@@ -59,7 +59,7 @@ class SampleMaker:
             )
         limit = min(self.sampling.max_clips or free, free // max(videos, 1))
         while True:
-            drawn = [self._draw(medium, record.sampling, limit) for medium in record.media]
+            drawn = [self._draw(medium, record, limit) for medium in record.media]
             parts = [part for part, _ in drawn]
             text = render(record.turns, parts, self.tokenizer, self.tokens_per_clip)
             excess = len(text.tokens) - self.length
@@ -75,9 +75,10 @@ class SampleMaker:
             limit = max(1, most - too_many)
 
     def _draw(
-        self, medium: Media, mode: str, limit: int
+        self, medium: Media, record: Record, limit: int
     ) -> tuple[MediaClips, tuple[FrameShards, str, np.ndarray]]:
-        shards = next((s for s in self.shards if medium.id in s), None)
+        stores = [record.store] if record.store is not None else self.shards
+        shards = next((s for s in stores if medium.id in s), None)
         if shards is None:
             raise ValueError(f"{medium.kind} {medium.id!r} is not in the frame shards")
         info = shards.info(medium.id)
@@ -89,7 +90,9 @@ class SampleMaker:
         if info.kind == "image":
             still = np.zeros((1, self.sampling.frames_per_clip), np.int64)
             return MediaClips("image", np.zeros((1, 2))), (shards, medium.id, still)
-        sampling = replace(self.sampling, mode=mode or self.sampling.mode, max_clips=limit)
+        sampling = replace(
+            self.sampling, mode=record.sampling or self.sampling.mode, max_clips=limit
+        )
         clips = sample_clips(
             sampling, fps=info.fps, num_frames=info.num_frames, duration=info.duration
         )

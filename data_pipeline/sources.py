@@ -9,12 +9,45 @@ import json
 import os
 import weakref
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from data_pipeline.annotations import Record, parse_record
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Where records come from, and how many of them; all but the first two are for TFDS."""
+
+    path: str  # JSONL or JSON, see annotations.py; or tfds:..@.., see tfds_source.py
+    weight: float = 1.0  # share of the samples, relative to the other sources
+    data_dir: str = ""  # "" = TFDS's own default
+    image: str = ""  # the field with the pictures; "" = the only one there is
+    question: str = ""  # what is asked, with {field} for what a record says
+    answer: str = ""  # likewise; "" = the records are conversations already
+
+
+class Source(Protocol):
+    """Records by random access."""
+
+    fingerprint: str  # changes when the records do
+    missing: list[tuple[str, str]]  # (record id, media id) that are known to be absent
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+def open_source(config: SourceConfig, known: Container[str] | None = None) -> Source:
+    """The source at `config.path`; FileNotFoundError or ValueError if it cannot be read as such.
+
+    `known` holds the media there are; None leaves `missing` empty.
+    """
+    return JsonlSource(config.path, known)
+
 
 _ERRORS_SHOWN = 5
 _SPACE = tuple(" \t\n\r")
