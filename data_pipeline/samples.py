@@ -4,26 +4,44 @@
 n clips of one medium, F frames per clip, Q visual tokens per clip.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import MediaClips, Rendered, render
 from data_pipeline.frame_shards import FrameShards
-from data_pipeline.sampling import ClipSampling, sample_clips
+from data_pipeline.sampling import ClipSampling, count_clips, sample_clips
 from data_pipeline.tokenizer import Tokenizer
 
+_VERSION = 1  # of how samples are made: raised when the same record may get another size
 _CLIP_TEXT = 32  # an upper bound of the tokens of one clip's "123.4-125.9 seconds: "
+
+
+OUTCOMES = ("whole", "trimmed", "missing medium", "too many media", "too long", "faulty")
+WHOLE, TRIMMED, MISSING, TOO_MANY, TOO_LONG, FAULTY = range(len(OUTCOMES))  # from MISSING on: none
+
+
+class Unusable(ValueError):
+    """A record that makes no sample with these settings; `outcome` is a number of OUTCOMES."""
+
+    def __init__(self, outcome: int, reason: str):
+        super().__init__(reason)
+        self.outcome = outcome
 
 
 @dataclass(frozen=True)
 class Sample:
     id: str
     text: Rendered
-    media: tuple[tuple[FrameShards, str, np.ndarray], ...]  # id, source frames i64[n, F]
+    media: tuple[tuple[Any, str, np.ndarray], ...]  # store, id, source frames i64[n, F]
+    seconds: float = 0.0  # of video, in all
+    trimmed: bool = False  # a longer row would hold more clips of it, or more plain text
 
     @property
     def clips(self) -> int:
@@ -44,57 +62,85 @@ class SampleMaker:
     def __contains__(self, media_id: str) -> bool:
         return any(media_id in shards for shards in self.shards)
 
+    @property
+    def fingerprint(self) -> str:
+        """Changes with whatever may change the size of a sample."""
+        facts = [asdict(self.sampling), self.tokens_per_clip, self.length, self.clips]
+        facts += [self.tokenizer.fingerprint, [shards.fingerprint for shards in self.shards]]
+        return hashlib.sha256(json.dumps([_VERSION, *facts]).encode()).hexdigest()[:16]
+
     def make(self, record: Record) -> Sample:
         """The sample of a record; every image is one clip.
 
         What exceeds a row loses clips, never text: fewer clips, spread over the whole video, as
-        Apollo does with long ones (paper, section 4.1). Raises ValueError with the reason if
-        that cannot make it fit, or a medium is not in the shards.
+        Apollo does with long ones (paper, section 4.1). Plain text without media loses its end.
+        Raises Unusable with the reason if neither makes it fit, or a medium is not in the shards,
+        or record and medium do not agree.
         """
         videos = sum(medium.kind == "video" for medium in record.media)
         free = self.clips - (len(record.media) - videos)
         if free < videos:
-            raise ValueError(
-                f"{len(record.media)} media need more than the {self.clips} clip slots"
+            raise Unusable(
+                TOO_MANY, f"{len(record.media)} media need more than the {self.clips} clip slots"
             )
-        limit = min(self.sampling.max_clips or free, free // max(videos, 1))
+        fit = min(free // max(videos, 1), max(1, self.length // self.tokens_per_clip))
+        limit = min(self.sampling.max_clips or fit, fit)
         while True:
             drawn = [self._draw(medium, record, limit) for medium in record.media]
-            parts = [part for part, _ in drawn]
-            text = render(record.turns, parts, self.tokenizer, self.tokens_per_clip)
+            parts = [part for part, _, _ in drawn]
+            try:
+                text = render(record.turns, parts, self.tokenizer, self.tokens_per_clip)
+            except ValueError as error:
+                raise Unusable(FAULTY, str(error)) from error
             excess = len(text.tokens) - self.length
             if excess <= 0:
-                return Sample(record.id, text, tuple(source for _, source in drawn))
+                return Sample(
+                    record.id,
+                    text,
+                    tuple(source for _, source, _ in drawn),
+                    seconds=sum(part.duration for part in parts),
+                    trimmed=any(len(part.timestamps) < wanted for part, _, wanted in drawn),
+                )
+            if not record.media and [turn.role for turn in record.turns] == ["text"]:
+                cut = (field[: self.length] for field in vars(text).values())
+                return Sample(record.id, Rendered(*cut), (), trimmed=True)
             most = max((len(p.timestamps) for p in parts if p.kind == "video"), default=0)
             if most <= 1:
-                raise ValueError(
+                raise Unusable(
+                    TOO_LONG,
                     f"needs {len(text.tokens)} tokens even with a clip per medium; a row holds "
-                    f"{self.length}"
+                    f"{self.length}",
                 )
             too_many = math.ceil(excess / (videos * (self.tokens_per_clip + _CLIP_TEXT)))
             limit = max(1, most - too_many)
 
     def _draw(
         self, medium: Media, record: Record, limit: int
-    ) -> tuple[MediaClips, tuple[FrameShards, str, np.ndarray]]:
+    ) -> tuple[MediaClips, tuple[Any, str, np.ndarray], int]:
+        """A medium's at most `limit` clips for the text, for the decoder, and how many it wants."""
         stores = [record.store] if record.store is not None else self.shards
-        shards = next((s for s in stores if medium.id in s), None)
-        if shards is None:
-            raise ValueError(f"{medium.kind} {medium.id!r} is not in the frame shards")
-        info = shards.info(medium.id)
+        store = next((s for s in stores if medium.id in s), None)
+        if store is None:
+            raise Unusable(MISSING, f"{medium.kind} {medium.id!r} is not in the frame shards")
+        info = store.info(medium.id)
         if info.kind != medium.kind:
-            raise ValueError(
-                f"{medium.id!r} is named as {medium.kind}, but the shards hold a {info.kind}"
+            raise Unusable(
+                FAULTY,
+                f"{medium.id!r} is named as {medium.kind}, but the shards hold a {info.kind}",
             )
-        duration = self.sampling.clip_duration
         if info.kind == "image":
             still = np.zeros((1, self.sampling.frames_per_clip), np.int64)
-            return MediaClips("image", np.zeros((1, 2))), (shards, medium.id, still)
-        sampling = replace(
-            self.sampling, mode=record.sampling or self.sampling.mode, max_clips=limit
-        )
-        clips = sample_clips(
-            sampling, fps=info.fps, num_frames=info.num_frames, duration=info.duration
-        )
-        part = MediaClips("video", clips.timestamps, info.duration, duration)
-        return part, (shards, medium.id, clips.frame_indices)
+            return MediaClips("image", np.zeros((1, 2))), (store, medium.id, still), 1
+        sampling = replace(self.sampling, mode=record.sampling or self.sampling.mode)
+        try:
+            clips = sample_clips(
+                replace(sampling, max_clips=limit),
+                fps=info.fps,
+                num_frames=info.num_frames,
+                duration=info.duration,
+            )
+        except ValueError as error:
+            raise Unusable(FAULTY, f"{medium.id!r}: {error}") from error
+        part = MediaClips("video", clips.timestamps, info.duration, sampling.clip_duration)
+        wanted = count_clips(sampling, info.duration)
+        return part, (store, medium.id, clips.frame_indices), wanted

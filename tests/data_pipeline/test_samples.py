@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples: which clips a record gets when a row is too short for all of them."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import Turn
-from data_pipeline.samples import SampleMaker
+from data_pipeline.samples import TOO_LONG, TOO_MANY, SampleMaker, Unusable
 from data_pipeline.sampling import ClipSampling, sample_clips
 from data_pipeline.tokenizer import Tokenizer
 
@@ -62,18 +63,36 @@ def test_a_short_row_gets_as_many_spread_clips_as_fit(media, length):
     np.testing.assert_array_equal(frames(sample)[0], whole.frame_indices)
     one_more = make(media, max_clips=most + 1)
     assert len(one_more.text.tokens) > length
+    assert sample.trimmed
+    assert not one_more.trimmed
+
+
+def test_a_plain_text_loses_its_end():
+    record = Record("r", (Turn("text", "word " * 50),), ())
+    maker = SampleMaker([], TOKENIZER, ClipSampling(), 8, 10**6, 9)
+    whole, cut = maker.make(record), dataclasses.replace(maker, length=20).make(record)
+    assert (whole.trimmed, cut.trimmed) == (False, True)
+    np.testing.assert_array_equal(cut.text.tokens, whole.text.tokens[:20])
+    assert len(cut.text.loss_weights) == len(cut.text.visual_index) == 20
 
 
 def test_videos_share_the_clip_slots_that_images_leave():
     sample = make(["hour", "a", "minute", "b"], clips=13)
     assert [len(part) for part in frames(sample)] == [5, 1, 5, 1]
     assert frames(sample)[1].tolist() == [[0, 0, 0, 0]]
+    assert sample.seconds == 3660
+    assert sample.trimmed
+    assert not make(["minute"]).trimmed
+    assert not make(["minute"], max_clips=7, clips=7).trimmed  # what was asked for
+    assert make(["minute"], max_clips=8, clips=7).trimmed
 
 
 def test_what_cannot_fit_says_why():
-    with pytest.raises(ValueError, match="3 media need more than the 2 clip slots"):
+    with pytest.raises(Unusable, match="3 media need more than the 2 clip slots") as error:
         make(["a", "b", "minute"], clips=2)
-    with pytest.raises(ValueError, match=r"needs \d+ tokens even .*a row holds 50"):
+    assert error.value.outcome == TOO_MANY
+    with pytest.raises(Unusable, match=r"needs \d+ tokens even .*a row holds 50") as error:
         make(["hour"], length=50)
+    assert error.value.outcome == TOO_LONG
     with pytest.raises(ValueError, match=r"needs \d+ tokens"):
         make(["a"], length=30)
