@@ -116,20 +116,28 @@ def sample_clips(
             f"cannot sample clips from {num_frames} frames at {fps} fps lasting {duration} s"
         )
     frames_per_clip = sampling.frames_per_clip
-    limit = sampling.max_clips or sys.maxsize
+    num_clips = count_clips(sampling, duration, ratio)
     if sampling.mode == "centre":
         clips = np.full((1, frames_per_clip), num_frames // 2, np.int64)
     elif sampling.mode == "uniform":
-        count = min(sampling.uniform_frames, limit * frames_per_clip)
+        count = num_clips * frames_per_clip
         clips = (2 * np.arange(count) + 1) * num_frames // (2 * count)
         clips = clips.reshape(-1, frames_per_clip)
     else:
-        wanted = math.ceil(duration / sampling.clip_duration * ratio)
-        num_clips = max(1, min(wanted, limit))
         clips = _official_clips(sampling.clip_duration, frames_per_clip, num_frames, fps, num_clips)
         if clips.shape[1] != frames_per_clip or clips.min() < 0:
             clips = _slow_clips(sampling, num_frames, fps, num_clips)
     return SampledClips(clips, clips[:, [0, -1]] / fps)
+
+
+def count_clips(sampling: ClipSampling, duration: float, ratio: float = 1.0) -> int:
+    """How many clips `sample_clips` draws from a video of `duration` seconds."""
+    limit = sampling.max_clips or sys.maxsize
+    if sampling.mode == "centre":
+        return 1
+    if sampling.mode == "uniform":
+        return min(sampling.uniform_frames // sampling.frames_per_clip, limit)
+    return max(1, min(math.ceil(duration / sampling.clip_duration * ratio), limit))
 
 
 def clip_sampling_ratio(
