@@ -12,11 +12,11 @@ n clips, F frames per clip, S canvas side; grid frame k shows the source at k / 
 
 import hashlib
 import json
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,14 @@ from typing import Any
 import msgpack
 import numpy as np
 import simplejpeg
-from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from data_pipeline.media_index import INDEX_DTYPES as INDEX_DTYPES
+from data_pipeline.media_index import MediaIndex
+from data_pipeline.record_files import RecordFiles
 
 MAGIC = b"AFS1"
 _PREFIX = struct.Struct("<4sII")  # magic, header bytes, number of frames
-_READ_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, struct.error)
+_READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
 
 
 class FrameShardError(ValueError):
@@ -119,20 +122,6 @@ def decode_segment(record: bytes) -> tuple[dict[str, Any], list[memoryview]]:
     return header, [payload[a:b] for a, b in pairwise(offsets)]
 
 
-# Columns of index.npz, one row per medium: MediaInfo without its strings, and where it lies.
-INDEX_DTYPES = {
-    "num_frames": np.int64,
-    "fps": np.float64,
-    "duration": np.float64,
-    "stored_frames": np.int32,
-    "stored_fps": np.float64,
-    "height": np.int32,
-    "width": np.int32,
-    "shard": np.int32,
-    "record": np.int64,  # the medium's first record inside its shard
-}
-
-
 class FrameShards:
     """Random access to a complete directory of frame shards; picklable and thread-safe."""
 
@@ -151,24 +140,14 @@ class FrameShards:
         self.fingerprint = hashlib.sha256(text).hexdigest()
         known = {f.name for f in fields(ShardSpec)}
         self.spec = ShardSpec(**{k: v for k, v in self.manifest["spec"].items() if k in known})
-        with np.load(self.path / "index.npz") as index:
-            self._columns = {k: index[k] for k in (*INDEX_DTYPES, "is_video")}
-            names = index["ids"].tobytes().decode()
-        self._ids = names.split("\0") if names else []
-        self._rows = {name: row for row, name in enumerate(self._ids)}
-        self._open()
-
-    def _open(self) -> None:
+        self.index = MediaIndex(self.path / "index.npz")
+        self._columns = self.index.columns
         shards = self.manifest["shards"]
-        self._base = np.cumsum([0, *(s["records"] for s in shards)])
-        files = [self.path / s["file"] for s in shards if s["records"]]
-        for file in files:
-            if not file.exists():
-                raise FileNotFoundError(f"{file} is named by {self.path / 'manifest.json'}")
-        # With counts given nothing is opened here, and a damaged shard fails only where it is read.
-        counts = [s["records"] for s in shards if s["records"]]
-        paths = [f"{f}[0:{n}]" for f, n in zip(files, counts, strict=True)]
-        self._source = ArrayRecordDataSource(paths)
+        self._files = RecordFiles([self.path / (s["file"] or "") for s in shards])
+        there = set(os.listdir(self.path))  # one request, where a stat per shard would be many
+        for shard in shards:
+            if shard["file"] and shard["file"] not in there:
+                raise FileNotFoundError(f"{self.path / shard['file']} is named by {manifest}")
 
     def __getstate__(self):
         return {"path": self.path}
@@ -177,20 +156,21 @@ class FrameShards:
         self.__init__(state["path"])
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self.index)
 
     def __contains__(self, media_id: str) -> bool:
-        return media_id in self._rows
+        return self.index.find(media_id) >= 0
 
     def ids(self) -> list[str]:
-        return list(self._ids)
+        return self.index.names()
 
     def _row(self, media_id: str) -> int:
-        if media_id not in self._rows:
-            near = get_close_matches(media_id, self._ids, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+        row = self.index.find(media_id)
+        if row < 0:
+            near = self.index.near(media_id)
+            hint = f"; did you mean {near!r}?" if near else ""
             raise ValueError(f"{media_id!r} is not in the frame shards {self.path}{hint}")
-        return self._rows[media_id]
+        return row
 
     def info(self, media_id: str) -> MediaInfo:
         """What is stored of a medium; ValueError with a suggestion when unknown."""
@@ -253,9 +233,9 @@ class FrameShards:
 
     def _segment(self, media_id: str, segment: int, check: bool = False) -> list[memoryview]:
         row = self._row(media_id)
-        first = self._base[self._columns["shard"][row]] + self._columns["record"][row]
+        shard, first = int(self._columns["shard"][row]), int(self._columns["record"][row])
         try:
-            header, jpegs = decode_segment(self._source[int(first) + segment])
+            header, jpegs = decode_segment(self._files.read(shard, first + segment))
             if (header["id"], header["seg"]) != (media_id, segment):
                 raise ValueError(f"the record holds {header['id']!r} segment {header['seg']}")
             if check and [zlib.crc32(jpeg) for jpeg in jpegs] != header["crc"]:
@@ -271,7 +251,7 @@ class FrameShards:
     def verify(self) -> list[str]:
         """Reads everything, checksums included; one line per damaged medium, empty if sound."""
         damaged = []
-        for media_id in self._ids:
+        for media_id in self.ids():
             per_segment = self.spec.segment_frames
             segments = -(-self.info(media_id).stored_frames // per_segment)
             try:
