@@ -15,7 +15,7 @@ import numpy as np
 
 from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import MediaClips, Rendered, render
-from data_pipeline.frame_shards import FrameShards
+from data_pipeline.frame_shards import FrameShards, MediaInfo
 from data_pipeline.sampling import ClipSampling, count_clips, sample_clips
 from data_pipeline.tokenizer import Tokenizer
 
@@ -69,6 +69,16 @@ class SampleMaker:
         facts += [self.tokenizer.fingerprint, [shards.fingerprint for shards in self.shards]]
         return hashlib.sha256(json.dumps([_VERSION, *facts]).encode()).hexdigest()[:16]
 
+    def info(self, media_id: str, record: Record | None = None) -> MediaInfo | None:
+        """What is stored of a medium, inside the record or in the shards; None if nothing is."""
+        store = self._store(media_id, record)
+        return None if store is None else store.info(media_id)
+
+    def wanted_clips(self, record: Record) -> int:
+        """The clips that a record's media would get in a row without end."""
+        found = [self.info(medium.id, record) for medium in record.media]
+        return sum(1 if i.kind == "image" else self._count(i, record) for i in found if i)
+
     def make(self, record: Record) -> Sample:
         """The sample of a record; every image is one clip.
 
@@ -118,8 +128,7 @@ class SampleMaker:
         self, medium: Media, record: Record, limit: int
     ) -> tuple[MediaClips, tuple[Any, str, np.ndarray], int]:
         """A medium's at most `limit` clips for the text, for the decoder, and how many it wants."""
-        stores = [record.store] if record.store is not None else self.shards
-        store = next((s for s in stores if medium.id in s), None)
+        store = self._store(medium.id, record)
         if store is None:
             raise Unusable(MISSING, f"{medium.kind} {medium.id!r} is not in the frame shards")
         info = store.info(medium.id)
@@ -131,16 +140,25 @@ class SampleMaker:
         if info.kind == "image":
             still = np.zeros((1, self.sampling.frames_per_clip), np.int64)
             return MediaClips("image", np.zeros((1, 2))), (store, medium.id, still), 1
-        sampling = replace(self.sampling, mode=record.sampling or self.sampling.mode)
+        mode = record.sampling or self.sampling.mode
         try:
             clips = sample_clips(
-                replace(sampling, max_clips=limit),
+                replace(self.sampling, mode=mode, max_clips=limit),
                 fps=info.fps,
                 num_frames=info.num_frames,
                 duration=info.duration,
             )
         except ValueError as error:
             raise Unusable(FAULTY, f"{medium.id!r}: {error}") from error
-        part = MediaClips("video", clips.timestamps, info.duration, sampling.clip_duration)
-        wanted = count_clips(sampling, info.duration)
-        return part, (store, medium.id, clips.frame_indices), wanted
+        part = MediaClips("video", clips.timestamps, info.duration, self.sampling.clip_duration)
+        return part, (store, medium.id, clips.frame_indices), self._count(info, record)
+
+    def _store(self, media_id: str, record: Record | None) -> Any:
+        """Who holds a medium: the record itself, the first shards that have it, or None."""
+        own = None if record is None else record.store
+        stores = self.shards if own is None else [own]
+        return next((store for store in stores if media_id in store), None)
+
+    def _count(self, video: MediaInfo, record: Record) -> int:
+        sampling = replace(self.sampling, mode=record.sampling or self.sampling.mode)
+        return count_clips(sampling, video.duration)

@@ -87,6 +87,19 @@ def test_videos_share_the_clip_slots_that_images_leave():
     assert make(["minute"], max_clips=8, clips=7).trimmed
 
 
+def test_what_a_longer_row_would_hold():
+    turns = (Turn("user", "<video>\n<image>\nWhat?"), Turn("assistant", "That."))
+    record = Record("r", turns, (Media("video", "minute"), Media("image", "a")))
+    maker = SampleMaker([SHARDS], TOKENIZER, ClipSampling(), 8, 10**6, 9)
+    assert maker.wanted_clips(record) == 31
+    assert maker.make(record).clips == 9
+    assert maker.wanted_clips(dataclasses.replace(record, sampling="centre")) == 2
+    found = maker.info("minute", record)
+    assert found is not None
+    assert found.duration == 60
+    assert maker.info("none") is None
+
+
 def test_what_cannot_fit_says_why():
     with pytest.raises(Unusable, match="3 media need more than the 2 clip slots") as error:
         make(["a", "b", "minute"], clips=2)
