@@ -17,7 +17,15 @@ from typing import Any
 
 from rich.console import Console
 
-from apollo_jax.checkpoints import activations, npz, parts, proof, safetensors, weights_folder
+from apollo_jax.checkpoints import (
+    activations,
+    companions,
+    npz,
+    parts,
+    proof,
+    safetensors,
+    weights_folder,
+)
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.foreign import PICKLES
 from apollo_jax.checkpoints.opening import open_checkpoint, read_config
@@ -27,7 +35,7 @@ from apollo_jax.models import apollo
 FROM = ("hf", "big_vision", "torch", "orbax")
 TO = ("apollo", "hf", "big_vision", "orbax")
 DTYPES = ("float32", "bfloat16", "float16")
-REPORT = "conversion_report.json"
+REPORT = companions.REPORT
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 console = Console()
@@ -276,8 +284,8 @@ def summary(report: dict[str, Any]) -> None:
 
 
 def _default(source: Path | None, given: dict[str, str], only: str) -> str:
-    if only or not (given or source):
+    if only:
         return "hf"
-    if given or isinstance(read_config(source or ""), apollo.Config):
-        return "apollo"
-    return "hf"
+    if source is None or not (source / companions.CONFIG).is_file():  # a file is of one part
+        return "apollo" if given else "hf"
+    return "apollo" if given or isinstance(read_config(source), apollo.Config) else "hf"

@@ -62,7 +62,10 @@ def foreign_part(path: Path, key: str, said: Mapping[str, Any]) -> Part:
     found = {name: stored.shape for name, stored in source.stored.items()}
     for rules in dict.fromkeys(layout.PARTS.values()):
         recognise = getattr(rules, "recognise", None)
-        published = recognise(found, dict(said)) if recognise else None
+        try:
+            published = recognise(found, dict(said)) if recognise else None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         if published is not None:
             files = {name: companions.dump(content) for name, content in published.items()}
             config = layout.checked(rules.config(published, str(path)), str(path))

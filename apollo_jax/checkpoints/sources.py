@@ -201,6 +201,7 @@ def _data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
 
 
 WRAPPERS = ("target_encoder", "state_dict", "model", "module", "encoder")
+ENCODERS, PREDICTOR = ("target_encoder", "encoder"), "predictor"  # V-JEPA's: the two go together
 
 
 class TorchTensors:
@@ -249,6 +250,11 @@ def open_torch(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:
 
 def _refusal(said: str) -> str:
     """What is wrong with a pickle, out of the many lines that torch says."""
+    if "TorchScript" in said:
+        return (
+            "it is a TorchScript archive, which holds code: refused unread; save its tensors with "
+            "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), OUT), or take the hub's folder"
+        )
     if found := re.search(r"GLOBAL ([\w.]+)", said):
         return f"it holds {found[1]}, which is no tensor; such pickles run code: refused unread"
     if "weights_only" in said:
@@ -273,8 +279,10 @@ def _state_dict(path: Path, content: Any, key: str) -> tuple[Source, dict[str, s
             raise ValueError(
                 f"{path} has no {chosen!r} with tensors" if key else f"{path} holds no tensors"
             ) from ValueError(f"it holds {', '.join(map(str, content))}")
-        passed = {str(name): "another part of the checkpoint" for name in content if name != chosen}
-        content = content[chosen]
+        beside = content.get(PREDICTOR, {}) if chosen in ENCODERS else {}
+        read = {chosen, PREDICTOR} if beside else {chosen}
+        passed = {str(n): "another part of the checkpoint" for n in content if n not in read}
+        content = {**beside, **content[chosen]}
     passed |= {str(n): "no tensor" for n, v in content.items() if not isinstance(v, torch.Tensor)}
     tensors = {str(n): t for n, t in content.items() if isinstance(t, torch.Tensor)}
     odd = [n for n, t in tensors.items() if t.layout is not torch.strided or t.is_quantized]

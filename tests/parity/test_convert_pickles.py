@@ -5,15 +5,18 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from apollo_jax.checkpoints import convert
 from apollo_jax.checkpoints.opening import open_checkpoint
-from apollo_jax.checkpoints.rules import dinov2, lora, videomae, vjepa
+from apollo_jax.checkpoints.rules import clip, dinov2, lora, videomae, vjepa, vjepa2
 from apollo_jax.checkpoints.translate import to_dialect
 
 torch = pytest.importorskip("torch")
@@ -88,12 +91,167 @@ def test_v_jepa(tmp_path, key):
         run("--key", "teacher", tmp_path / "x.pth.tar", tmp_path / "o2")
 
 
+def cli(*args) -> None:
+    """As a user runs it."""
+    command = [sys.executable, "-m", "apollo_jax", "convert", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def loads(folder: Path, name: str, but: str = ""):
+    """transformers' class of that name, to the last tensor, `but` for some kind of misfit."""
+    transformers = pytest.importorskip("transformers")
+    own = getattr(transformers, name)
+    model, info = own.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    assert not any(keys for kind, keys in info.items() if kind != but), info
+    return model.eval()
+
+
 def test_videomae(tmp_path):
-    state = authors("videomae-a", videomae)
-    torch.save({"model": state}, tmp_path / "x.pth")
-    shutil.copy(ENCODERS / "videomae-a" / "config.json", tmp_path)
-    (tmp_path / "x.pth").rename(tmp_path / "pytorch_model.bin")
-    run("--verify", tmp_path, tmp_path.with_name("videomae-out"))
+    """The file alone, as the authors publish it: encoder and decoder below "model"."""
+    expected, said = published("videomae-a"), ("num_attention_heads", "num_frames", "image_size")
+    torch.save({"model": authors("videomae-a", videomae), "epoch": 1600}, tmp_path / "vitl.pth")
+    config = json.loads((ENCODERS / "videomae-a" / "config.json").read_text())
+    options = ["--config", json.dumps({name: config[name] for name in said})]
+    cli(
+        "--from", "torch", "--to", "hf", "--verify", *options, tmp_path / "vitl.pth", tmp_path / "o"
+    )
+    holds(tmp_path / "o", expected)
+    loads(tmp_path / "o", "VideoMAEForPreTraining")
+    model = loads(tmp_path / "o", "VideoMAEModel", but="unexpected_keys")
+    with np.load(ENCODERS / "videomae-a" / "io.npz") as io, torch.no_grad():
+        features, pixels = io["features"], torch.from_numpy(io["pixel_values"])
+        out = model(pixels, output_hidden_states=True).hidden_states[-2]
+    np.testing.assert_allclose(out.numpy().reshape(features.shape), features, rtol=0, atol=2e-5)
+
+
+def test_videomae_of_a_classifier(tmp_path):
+    """Fine-tuned files leave out "encoder." and hold a head."""
+    state = {
+        name.removeprefix("encoder."): tensor
+        for name, tensor in authors("videomae-a", videomae).items()
+        if name.startswith("encoder.") and "encoder.norm" not in name
+    }
+    head = {"head.weight": torch.ones(5, 32), "head.bias": torch.ones(5)}
+    norm = {"fc_norm.weight": torch.ones(32), "fc_norm.bias": torch.ones(32)}
+    torch.save({"module": state | head | norm}, tmp_path / "x.pth")
+    said = {"num_attention_heads": 4, "num_frames": 4, "image_size": 24}
+    run("--verify", "--config", json.dumps(said), tmp_path / "x.pth", tmp_path / "o")
+    found, expected = load_file(tmp_path / "o" / "model.safetensors"), published("videomae-a")
+    assert all(np.array_equal(found[name], expected[f"videomae.{name}"]) for name in found)
+    loads(tmp_path / "o", "VideoMAEModel")
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("key", ["target_encoder", "encoder"])
+def test_v_jepa_2(tmp_path, table, key):
+    """Its authors' file: two encoders, the predictor that is published with either, old tables."""
+    state = authors("vjepa2-a", vjepa2)
+    predictor = {n: state.pop(n) for n in [*state] if "predictor" in n or "mask_tokens" in n}
+    assert predictor.keys() >= {
+        "module.backbone.mask_tokens.1",
+        "module.backbone.predictor_proj.bias",
+    }
+    if table:
+        state["module.backbone.pos_embed"] = torch.ones(1, 18, 48)
+        predictor["module.backbone.predictor_pos_embed"] = torch.ones(1, 18, 24)
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    pair = {"target_encoder": other, "encoder": other} | {key: state}
+    content = {**pair, "predictor": predictor, "opt": {"state": {}}, "epoch": 10}
+    torch.save(content, tmp_path / "vitl.pt")
+    said = {"num_attention_heads": 3, "crop_size": 24, "frames_per_clip": 4}
+    said |= {"pred_num_attention_heads": 2}
+    if table:
+        with pytest.raises(ValueError, match=r"vitl.pt: a table of 18 positions.*vjepa2"):
+            run("--config", json.dumps(said), tmp_path / "vitl.pt", tmp_path / "o")
+        said |= {"model_type": "vjepa2"}
+    options = ["--key", key, "--config", json.dumps(said)]
+    cli("--from", "torch", "--to", "hf", "--verify", *options, tmp_path / "vitl.pt", tmp_path / "o")
+    holds(tmp_path / "o", published("vjepa2-a"))
+    report = json.loads((tmp_path / "o" / "conversion_report.json").read_text())
+    assert not report["parts"]["vjepa2"]["made_up"]
+    model = loads(tmp_path / "o", "VJEPA2Model")
+    with np.load(ENCODERS / "vjepa2-a" / "io.npz") as io, torch.no_grad():
+        features = io["features"]
+        out = model(
+            torch.from_numpy(io["pixel_values_videos"]), skip_predictor=True
+        ).last_hidden_state
+    np.testing.assert_allclose(out.numpy().reshape(features.shape), features, rtol=0, atol=2e-5)
+
+
+def test_v_jepa_2_with_another_predictor(tmp_path):
+    """The encoder of an action-conditioned one; the hub's predictor is made up and said to be."""
+    state = authors("vjepa2-a", vjepa2)
+    encoder = {n: t for n, t in state.items() if "predictor" not in n and "mask_tokens" not in n}
+    predictor = {"module.backbone.action_encoder.weight": torch.ones(4, 7)}
+    torch.save({"encoder": encoder, "predictor": predictor}, tmp_path / "ac.pt")
+    said = {"num_attention_heads": 3, "crop_size": 24, "frames_per_clip": 4}
+    run("--verify", "--config", json.dumps(said), tmp_path / "ac.pt", tmp_path / "o")
+    part = json.loads((tmp_path / "o" / "conversion_report.json").read_text())["parts"]["vjepa2"]
+    assert "predictor.proj.weight" in part["made_up"]
+    found, expected = load_file(tmp_path / "o" / "model.safetensors"), published("vjepa2-a")
+    assert all(np.array_equal(found[n], expected[n]) for n in expected if n.startswith("encoder"))
+
+
+def openai(tmp_path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A state dict of OpenAI's class with random numbers, and the same as the hub has it."""
+    rng = np.random.default_rng(0)
+    config = json.loads((ENCODERS / "clip-a" / "config.json").read_text())
+    text = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=2, vocab_size=30)
+    text |= dict(max_position_embeddings=9, num_attention_heads=1)
+    whole = dict(model_type="clip", projection_dim=20, vision_config=config, text_config=text)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(whole))
+    arrays = published("clip-a")
+    arrays.pop("vision_model.embeddings.position_ids")
+    shapes = clip.text_shapes(**{k: v for k, v in text.items() if k in clip.TEXT})
+    shapes |= {"visual_projection.weight": (20, 32), "text_projection.weight": (20, 12)}
+    shapes |= {"logit_scale": ()}
+    arrays |= {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
+    save_file({n: np.array(a) for n, a in arrays.items()}, tmp_path / "hub" / "model.safetensors")
+    part = open_checkpoint(tmp_path / "hub").parts[""]
+    [dialect] = clip.dialects(part.config, part.published_config)
+    view = to_dialect(part.tensors, dialect)
+    return tensors({name: view.read(name) for name in view.stored}), arrays
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_openai_clip(tmp_path, whole):
+    state, expected = openai(tmp_path)
+    query = expected["vision_model.encoder.layers.1.self_attn.q_proj.weight"]
+    fused = state["visual.transformer.resblocks.1.attn.in_proj_weight"]
+    assert np.array_equal(fused[:32], query)
+    assert np.array_equal(state["visual.proj"], expected["visual_projection.weight"].T)
+    if not whole:
+        state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+        expected = {n: a for n, a in expected.items() if n.startswith("vis")}
+    numbers = {"input_resolution": torch.tensor(28), "context_length": torch.tensor(9)}
+    torch.save(state | numbers, tmp_path / "clip.pt")
+    said = json.dumps({"num_attention_heads": 4, "image_size": 30})
+    cli("--from", "torch", "--verify", "--config", said, tmp_path / "clip.pt", tmp_path / "o")
+    holds(tmp_path / "o", expected)
+    model = loads(tmp_path / "o", "CLIPModel" if whole else "CLIPVisionModelWithProjection")
+    assert model.config.projection_dim == 20
+    with (
+        np.load(ENCODERS / "clip-a" / "pixels.npz") as file,
+        np.load(ENCODERS / "clip-a" / "io.npz") as io,
+    ):
+        pixels, features = torch.from_numpy(file["pixel_values"][0]), io["features"]
+    with torch.no_grad():
+        out = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+    np.testing.assert_allclose(out.numpy().reshape(features.shape), features, rtol=0, atol=2e-5)
+
+
+def test_torchscript_is_refused(tmp_path):
+    """As OpenAI publishes its CLIP."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "ViT-L-14-336px.pt")
+    refuse(
+        r"ViT-L-14-336px.pt: it is a TorchScript archive.*torch.save\(torch.jit.load",
+        tmp_path / "ViT-L-14-336px.pt",
+        tmp_path / "out",
+    )
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ LanguageBind-Image is a CLIPModel that says of itself how it is trained, not how
 from collections.abc import Mapping
 from typing import Any
 
+from apollo_jax.checkpoints.rules import openai_clip
+from apollo_jax.checkpoints.rules.dialect import Dialect
 from apollo_jax.checkpoints.rules.fields import defaults, take
 from apollo_jax.checkpoints.rules.table import Rule, Table, Unused, conv, norm, weight
 from apollo_jax.models.clip import CLIP, Config
@@ -35,6 +37,7 @@ PREPROCESSOR_FIXED = dict(
     rescale_factor=1 / 255,
 )
 PROJECTION_DIM = 512
+PROJECTED = "CLIPVisionModelWithProjection"
 # What CLIPTextConfig assumes; the text half only has to survive the round trip.
 TEXT = dict(
     vocab_size=49_408,
@@ -268,3 +271,42 @@ def heads(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
             max_position_embeddings=table[0],
         )
     return out
+
+
+# ---- state dicts of OpenAI's own class
+
+
+def dialects(c: Config, published_config: dict[str, Any]) -> tuple[Dialect, ...]:
+    """Of OpenAI's names, with the text half if the config has one."""
+    if not is_whole(published_config):
+        return (openai_clip.dialect(c.num_hidden_layers, None),)
+    text = take(half_of(published_config, "text"), TEXT, {}, "CLIP config.json: text_config")
+    return (openai_clip.dialect(c.num_hidden_layers, text["num_hidden_layers"]),)
+
+
+def recognise(shapes: Mapping[str, tuple[int, ...]], said: dict[str, Any]) -> dict | None:
+    """The published JSON files of such a state dict, None if the tensors are another's.
+
+    Args:
+      said: fields of `vision_config` that the user states, like OpenCLIP's hidden_act "gelu".
+    """
+    found = openai_clip.halves(shapes)
+    if found is None:
+        return None
+    known = {name: value for name, value in said.items() if name in KNOWN}
+    files = published(Config(**take(found.vision | known, KNOWN, {}, "OpenAI's CLIP")))
+    vision = files["config.json"] | said | dict(projection_dim=found.projection_dim)
+    if found.text is None:
+        return files | {"config.json": vision | dict(architectures=[PROJECTED])}
+    del vision["architectures"]
+    act, kind = vision["hidden_act"], "clip_text_model"
+    json = dict(
+        architectures=["CLIPModel"],
+        initializer_factor=1.0,
+        logit_scale_init_value=2.6592,
+        model_type="clip",
+        projection_dim=found.projection_dim,
+        text_config=found.text | dict(hidden_act=act, model_type=kind),
+        vision_config=vision,
+    )
+    return files | {"config.json": json}

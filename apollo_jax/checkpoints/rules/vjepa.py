@@ -20,7 +20,13 @@ NAMES = {  # model_name -> what it stands for where config.json is silent
     # its constructor misspells the ratio of 64/13 that it means
     "vit_gigantic": dict(embed_dim=1664, depth=48, num_heads=16, mlp_ratio=4.0),
 }
+TOKENS = (1568, 4608)  # of the released ones: 16 frames of 224 or 384 pixels
 BLOCK = "blocks.{i}"
+PREDICTOR = {
+    f"{begin}{name}": "nothing is predicted"
+    for begin in ("", "module.backbone.")
+    for name in ("predictor_*", "mask_tokens.*")
+}
 PUBLISHED, APOLLO = "module.backbone.", "vision_tower."  # what names begin with elsewhere
 
 
@@ -80,9 +86,10 @@ def table(c: Config, published_config: dict[str, Any]) -> Table:
 def dialects(c: Config, published_config: dict[str, Any]) -> tuple[Dialect, ...]:
     """Of the authors' .pth.tar files (one of the encoders in them) and of a whole Apollo's."""
     names = [*_names(table(c, published_config))]
-    return tuple(
-        Dialect(name, tuple(rename(prefix + name, name) for name in names), prefix=prefix)
-        for name, prefix in (("V-JEPA", PUBLISHED), ("Apollo's V-JEPA", APOLLO))
+    links = {at: tuple(rename(at + name, name) for name in names) for at in (PUBLISHED, APOLLO)}
+    return (
+        Dialect("V-JEPA", links[PUBLISHED], PREDICTOR, prefix=PUBLISHED),
+        Dialect("Apollo's V-JEPA", links[APOLLO], prefix=APOLLO),
     )
 
 
@@ -99,14 +106,22 @@ def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, An
     biased = f"{stem}blocks.0.attn.qkv.bias" in shapes  # InternVideo2's is not
     if len(patches) != 5 or not biased or f"{stem}pos_embed" not in shapes:
         return None
+    if said.get("model_type") == "vjepa2":  # an older file of its, with a table it has no use for
+        return None
+    tokens, told = shapes[f"{stem}pos_embed"][1], said.keys() & {"num_frames", "model_type"}
+    if stem == PUBLISHED and tokens not in TOKENS and not told:
+        raise ValueError(
+            f"a table of {tokens} positions is of no released V-JEPA; say what the file is with "
+            """--config '{"model_type": "vit"}' (V-JEPA) or '{"model_type": "vjepa2"}'"""
+        )
     width, _, tubelet, patch, _ = patches
     depth = sum(n.startswith(f"{stem}blocks.") and n.endswith("norm1.weight") for n in shapes)
-    times, side = _grid(shapes[f"{stem}pos_embed"][1], tubelet, patch, said)
+    times, side = _grid(tokens, tubelet, patch, said)
     fields = dict(
         embed_dim=width,
         depth=depth,
         num_heads=16 if width >= 1024 else max(1, width // 64),
-        mlp_ratio=_ratio(shapes[f"{stem}blocks.0.mlp.fc1.weight"][0], width),
+        mlp_ratio=ratio(shapes[f"{stem}blocks.0.mlp.fc1.weight"][0], width),
         crop_size=side * patch,
         patch_size=patch,
         num_frames=times * tubelet,
@@ -130,7 +145,7 @@ def _grid(tokens: int, tubelet: int, patch: int, said: dict[str, Any]) -> tuple[
     return next(((t, s) for t, s in sides.items() if t * s * s == tokens), (1, 1))
 
 
-def _ratio(hidden: int, width: int) -> float:
+def ratio(hidden: int, width: int) -> float:
     """mlp_ratio such that int(width * mlp_ratio) is `hidden`."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

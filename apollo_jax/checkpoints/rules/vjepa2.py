@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """V-JEPA 2 encoder <-> transformers' VJEPA2Model."""
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from apollo_jax.checkpoints.rules.dialect import Dialect, Link, fused, rename
 from apollo_jax.checkpoints.rules.fields import defaults, take
 from apollo_jax.checkpoints.rules.table import Shape, Table, Unused, conv, norm, weight
+from apollo_jax.checkpoints.rules.vjepa import ratio
 from apollo_jax.models.vjepa2 import VJEPA2, Config
 
 MODEL = VJEPA2
@@ -20,6 +23,10 @@ PREDICTOR = dict(
     pred_num_mask_tokens=10,
 )
 LAYER = "encoder.layer.{i}"
+AUTHORS = "module.backbone."  # what the names of the authors' files begin with
+TABLES = ("pos_embed", "predictor_pos_embed")
+WIDTHS = {1024: 16, 1280: 16, 1408: 22}  # of the released sizes: heads
+AC = ("action_encoder.*", "state_encoder.*", "extrinsics_encoder.*", "predictor_*", "mask_tokens.*")
 
 
 def config(files: dict[str, Any], where: str) -> Config:
@@ -113,3 +120,91 @@ def predictor_shapes(c: Config, published_config: dict[str, Any]) -> dict[str, S
 def _pair(name: str, *shape: int, bias: bool = True) -> dict[str, Shape]:
     """A weight and its bias."""
     return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if bias else {})
+
+
+# ---- the authors' files
+
+
+def dialects(c: Config, published_config: dict[str, Any]) -> tuple[Dialect, ...]:
+    """Of the authors' .pt files: one of the encoders in them, with the predictor or without."""
+    fields = take(published_config, PREDICTOR, {}, "V-JEPA 2 config.json")
+    encoder = [
+        *_renamed("patch_embed.proj", "encoder.embeddings.patch_embeddings.proj"),
+        *_renamed("norm", "encoder.layernorm"),
+        *_layers("blocks", "encoder.layer", c.num_hidden_layers, c.qkv_bias),
+    ]
+    depth = fields["pred_num_hidden_layers"]
+    masks = [f"{AUTHORS}mask_tokens.{i}" for i in range(fields["pred_num_mask_tokens"])]
+    predictor = [
+        Link(tuple(masks), ("predictor.embeddings.mask_tokens",), stacked=True),
+        *_renamed("predictor_embed", "predictor.embeddings.predictor_embeddings"),
+        *_renamed("predictor_norm", "predictor.layernorm"),
+        *_renamed("predictor_proj", "predictor.proj"),
+        *_layers("predictor_blocks", "predictor.layer", depth, c.qkv_bias),
+    ]
+    why = "positions are rotations; the table in the file is not used"
+    ignored = {f"{at}{name}": why for at in ("", AUTHORS) for name in TABLES}
+    other = {f"{at}{name}": "another predictor" for at in ("", AUTHORS) for name in AC}
+    absent = {n: "the file has no such predictor" for link in predictor for n in link.published}
+    return (
+        Dialect("V-JEPA 2", (*encoder, *predictor), ignored, prefix=AUTHORS),
+        Dialect("V-JEPA 2's encoder", tuple(encoder), ignored | other, absent, prefix=AUTHORS),
+    )
+
+
+def _layers(foreign: str, published: str, depth: int, bias: bool) -> Iterator[Link]:
+    """Blocks of the encoder or the predictor."""
+    for i in range(depth):
+        theirs, ours = f"{foreign}.{i}", f"{published}.{i}"
+        for leaf in ("weight", "bias") if bias else ("weight",):
+            parts = [f"{ours}.attention.{x}.{leaf}" for x in ("query", "key", "value")]
+            yield fused(f"{AUTHORS}{theirs}.attn.qkv.{leaf}", parts)
+        yield from _renamed(f"{theirs}.attn.proj", f"{ours}.attention.proj")
+        for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+            yield from _renamed(f"{theirs}.{name}", f"{ours}.{name}")
+
+
+def _renamed(foreign: str, published: str) -> Iterator[Link]:
+    for leaf in ("weight", "bias"):
+        yield rename(f"{AUTHORS}{foreign}.{leaf}", f"{published}.{leaf}")
+
+
+def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, Any] | None:
+    """The JSON files of an authors' file: 64 frames of 256 pixels, unless said."""
+    own = {name.removeprefix(AUTHORS): shape for name, shape in shapes.items()}
+    patches, hidden = own.get("patch_embed.proj.weight", ()), own.get("blocks.0.mlp.fc1.weight", ())
+    told = said.get("model_type") == "vjepa2" or "pos_embed" not in own
+    if len(patches) != 5 or not hidden or "blocks.0.attn.qkv.bias" not in own or not told:
+        return None
+    width, _, tubelet, patch, _ = patches
+    fields = dict(
+        hidden_size=width,
+        num_hidden_layers=_depth(own, "blocks"),
+        num_attention_heads=WIDTHS.get(width, max(1, width // 64)),
+        mlp_ratio=ratio(hidden[0], width),
+        patch_size=patch,
+        tubelet_size=tubelet,
+    )
+    known = {k: v for k, v in said.items() if k in KNOWN}
+    files = published(config({"config.json": fields | known}, "the file"))
+    files["config.json"] |= _predictor(own) | said
+    return files
+
+
+def _predictor(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields of a predictor, if it is there and of V-JEPA 2."""
+    hidden, masks = shapes.get("predictor_blocks.0.mlp.fc1.weight", ()), "mask_tokens."
+    if not hidden or not any(name.startswith(masks) for name in shapes):
+        return {}
+    m, d = hidden
+    return dict(
+        pred_hidden_size=d,
+        pred_mlp_ratio=ratio(m, d),
+        pred_num_attention_heads=max(1, d // 32),
+        pred_num_hidden_layers=_depth(shapes, "predictor_blocks"),
+        pred_num_mask_tokens=sum(name.startswith(masks) for name in shapes),
+    )
+
+
+def _depth(shapes: Mapping[str, Shape], blocks: str) -> int:
+    return sum(n.startswith(f"{blocks}.") and n.endswith("norm1.weight") for n in shapes)
