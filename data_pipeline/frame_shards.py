@@ -15,7 +15,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -80,17 +80,23 @@ def encode_segments(
     pts: Sequence[float],
     size: tuple[int, int],
     spec: ShardSpec,
+    first_segment: int = 0,
 ) -> list[bytes]:
-    """Grid frames of one medium -> its records; `pts` is each shown frame's true time (s)."""
+    """Grid frames of one medium -> its records; `pts` is each shown frame's true time (s).
+
+    `first_segment` says where they begin, for a medium that is written piece by piece.
+    """
     records = []
     for start in range(0, len(jpegs), spec.segment_frames):
         part = jpegs[start : start + spec.segment_frames]
-        grid = range(start, start + len(part))
+        shown = pts[start : start + spec.segment_frames]
+        segment = first_segment + start // spec.segment_frames
+        grid = range(segment * spec.segment_frames, segment * spec.segment_frames + len(part))
         header: bytes = msgpack.packb(  # pyright: ignore[reportAssignmentType]
             {
                 "v": 1,
                 "id": media_id,
-                "seg": start // spec.segment_frames,
+                "seg": segment,
                 "layer": 0,
                 "n": len(part),
                 "hw": size,
@@ -99,7 +105,7 @@ def encode_segments(
                 "subsampling": spec.subsampling,
                 "fps": spec.fps,
                 "t_us": [round(k * 1e6 / spec.fps) for k in grid],
-                "pts_us": [round(pts[k] * 1e6) for k in grid],
+                "pts_us": [round(seconds * 1e6) for seconds in shown],
                 "crc": [zlib.crc32(jpeg) for jpeg in part],
             }
         )
@@ -109,7 +115,10 @@ def encode_segments(
     return records
 
 
-def decode_segment(record: bytes) -> tuple[dict[str, Any], list[memoryview]]:
+Segment = tuple[dict[str, Any], list[memoryview]]  # a record's header and its JPEGs
+
+
+def decode_segment(record: bytes) -> Segment:
     """Record -> (header, JPEG payloads), without copying."""
     magic, header_bytes, count = _PREFIX.unpack_from(record)
     if magic != MAGIC:
@@ -228,10 +237,11 @@ class FrameShards:
     def _jpegs(self, media_id: str, frames: list[int]) -> list[memoryview]:
         """JPEGs of ascending grid frames; every segment is read once."""
         per_segment = self.spec.segment_frames
-        segments = {s: self._segment(media_id, s) for s in {f // per_segment for f in frames}}
+        wanted = {f // per_segment for f in frames}
+        segments = {s: self._segment(media_id, s)[1] for s in wanted}
         return [segments[f // per_segment][f % per_segment] for f in frames]
 
-    def _segment(self, media_id: str, segment: int, check: bool = False) -> list[memoryview]:
+    def _segment(self, media_id: str, segment: int, check: bool = False) -> Segment:
         row = self._row(media_id)
         shard, first = int(self._columns["shard"][row]), int(self._columns["record"][row])
         try:
@@ -242,7 +252,12 @@ class FrameShards:
                 raise ValueError(f"a frame of segment {segment} has a wrong checksum")
         except _READ_ERRORS as error:
             raise self._error(media_id, error) from error
-        return jpegs
+        return header, jpegs
+
+    def segments(self, media_id: str) -> Iterator[Segment]:
+        """Header and JPEGs of each segment of a medium, checked; FrameShardError if damaged."""
+        for segment in range(-(-self.info(media_id).stored_frames // self.spec.segment_frames)):
+            yield self._segment(media_id, segment, check=True)
 
     def _error(self, media_id: str, error: Exception) -> FrameShardError:
         shard = self.manifest["shards"][self._columns["shard"][self._row(media_id)]]
@@ -252,11 +267,9 @@ class FrameShards:
         """Reads everything, checksums included; one line per damaged medium, empty if sound."""
         damaged = []
         for media_id in self.ids():
-            per_segment = self.spec.segment_frames
-            segments = -(-self.info(media_id).stored_frames // per_segment)
             try:
-                for segment in range(segments):
-                    self._segment(media_id, segment, check=True)
+                for _ in self.segments(media_id):
+                    pass
             except FrameShardError as error:
                 damaged.append(str(error))
         return damaged
