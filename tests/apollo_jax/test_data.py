@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`apollo-jax data`, as a user runs it: reports, exit codes, pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apollo_jax import data
+from data_pipeline.frame_shard_writer import FrameShardWriter
+from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+
+LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"
+SPEC = ShardSpec(fps=2.0, size=32)
+CONFIG = """
+from apollo_jax.config import EvalConfig, Experiment, TrainConfig, to_config
+from apollo_jax.models import apollo
+from data_pipeline.loader import DataConfig, SourceConfig
+
+def get_config(root):
+    model = apollo.Config.debug()
+    data = DataConfig(
+        sources={n: SourceConfig(f"{root}/{n}.jsonl") for n in ("videos", "texts")},
+        frames=(f"{root}/shards",),
+        tokenizer="%s",
+        batch_size=4,
+        length=256,
+        clips=4,
+        frame_size=model.frame_size,
+        tokens_per_clip=model.connector.num_output_tokens,
+    )
+    held_out = EvalConfig({"held_out": SourceConfig(f"{root}/texts.jsonl")}, every=5, batches=2)
+    return to_config(Experiment("t", model, data, TrainConfig(num_steps=30), evaluation=held_out))
+"""
+
+
+def write(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def asked(name: str, question: str, **media: str) -> dict:
+    return {"id": name, "question": question, "answer": "Yes.", **media}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Six videos of 2, 4, .. 12 s, each of one shade, and conversations about them."""
+    writer = FrameShardWriter(tmp_path / "shards", SPEC)
+    for v in range(6):
+        frames = 4 * (v + 1)
+        jpegs = [SPEC.encode(np.full((32, 24, 3), 40 * v, np.uint8))] * frames
+        info = MediaInfo(f"v{v}.mp4", "video", 5 * frames, 10.0, frames / 2, frames, 2.0, 32, 24)
+        times = [k / 2 for k in range(frames)]
+        writer.add(info, encode_segments(info.id, jpegs, times, (32, 24), SPEC))
+    writer.close()
+    write(tmp_path / "videos.jsonl", [asked(f"q{v}", "Dark?", video=f"v{v}.mp4") for v in range(6)])
+    write(tmp_path / "texts.jsonl", [{"text": "Once upon a time. " * (1 + t)} for t in range(9)])
+    (tmp_path / "conf.py").write_text(CONFIG % LLM)
+    return tmp_path
+
+
+def run(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "apollo_jax", "data", *arguments]
+    config = ["--config", f"{root / 'conf.py'}:{root}"]
+    return subprocess.run([*command, *config], capture_output=True, text=True)
+
+
+def test_sound_data_pass_and_are_described(root):
+    done = run(root, "check", "--json", str(root / "out" / "report.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "the data will do" in done.stdout
+    report = json.loads((root / "out" / "report.json").read_text())
+    videos, texts = (report["training"]["sources"][n] for n in ("videos", "texts"))
+    assert (videos["records"], videos["dropped"], videos["outcomes"]["trimmed"]) == (6, 0, 2)
+    assert videos["clips"] == 1 + 2 + 3 + 4 + 4 + 4  # four slots to a row
+    assert videos["hours"] == pytest.approx(42 / 3600)
+    assert texts["clips"] == 0
+    assert videos["epochs"] == pytest.approx(videos["drawn"] / 6)
+    rows = report["training"]["rows"]
+    assert rows == 4 * 30
+    drawn = videos["drawn"] + texts["drawn"]
+    assert drawn == pytest.approx(report["training"]["samples_per_row"] * rows)
+    assert 0.5 < report["training"]["fill_clips"] <= 1
+    assert sum(n for _, n in report["training"]["tokens_histogram"]) == 6 + 9
+    assert report["held out"]["sources"]["held_out"]["records"] == 9
+    assert "2 of 6 records (33.33%) lose clips" in done.stdout
+    assert "q5: " in done.stdout
+
+
+def test_what_would_stop_a_run_is_named_and_fails(root):
+    bad = [asked("lost", "?", video="videos/v3.MP4"), asked("kind", "?", image="v1.mp4")]
+    write(root / "videos.jsonl", [*bad, asked("q", "?", video="v0.mp4")])
+    done = run(root, "check")
+    assert done.returncode == 1
+    assert "fails: source 'videos': 2 of 3 records would be dropped" in done.stdout
+    assert "lost: video 'videos/v3.MP4' is not in the frame shards; did you mean 'v3.mp4'?" in (
+        done.stdout
+    )
+    assert "kind: 'v1.mp4' is named as image, but the shards hold a video" in done.stdout
+    write(root / "texts.jsonl", [{"question": "<image>"}])
+    done = run(root, "check")
+    assert done.returncode == 1
+    assert "fails: source 'texts': 1 faulty records in" in done.stdout
+    assert "texts.jsonl:1: no 'conversations'" in done.stdout
+
+
+def test_a_sample_is_shown_with_a_picture_of_its_frames(root):
+    picture = root / "out" / "s.png"
+    done = run(root, "show", "--index", "5", "--output", str(picture))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "videos[5], id q5" in done.stdout
+    assert "4 clips of 4 (trimmed)" in done.stdout
+    assert "video v5.mp4, 24x32, 12.0 s; clips at 0." in done.stdout
+    assert "[8 visual tokens]" in done.stdout
+    assert done.stdout.count("«Yes.<|im_end|>»") == 1
+    sheet = np.asarray(Image.open(picture))
+    assert sheet.shape == (4 * 32, 4 * 32, 3)
+    assert (np.abs(sheet[:, 16].astype(int) - 200) < 4).all()
+    assert not sheet[:, :4].any()
+    done = run(root, "show", "--source", "texts", "--output", str(picture))
+    assert "«Once upon a time. <|endoftext|>»" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "--source", "video"], "no source 'video'.*did you mean 'videos'"),
+        (["show", "--index", "-1"], "--index -1: source 'videos' has records 0 to 5"),
+        (["check", "--config.data.tokenizer=REQUIRED"], "add --config.data.tokenizer=PATH"),
+        (["check", "--config.data.frames=nowhere"], "nowhere is no complete set of frame shards"),
+        (["check", "--config.data.lenght=9"], "did you mean config.data.length"),
+    ],
+)
+def test_mistakes_say_what_and_where(root, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        data.main([*arguments, "--config", f"{root / 'conf.py'}:{root}"])
+
+
+def test_a_mistake_is_one_line(root):
+    done = run(root, "show", "--index", "6")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("apollo-jax data: --index 6: source 'videos' has records 0 to 5\n")
