@@ -11,13 +11,13 @@ n clips, F frames per clip, S canvas side; grid frame k shows the source at k / 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import msgpack
 import numpy as np
 import simplejpeg
 
+from data_pipeline.canvas import Picture, copy_picture, draw_jpeg, open_pictures, side
 from data_pipeline.media_index import INDEX_DTYPES as INDEX_DTYPES
 from data_pipeline.media_index import MediaIndex
 from data_pipeline.record_files import RecordFiles
@@ -128,7 +129,7 @@ def decode_segment(record: bytes) -> Segment:
     header = msgpack.unpackb(view[_PREFIX.size : at])
     offsets = np.frombuffer(record, "<u4", count + 1, at).tolist()
     payload = view[at + 4 * (count + 1) :]
-    return header, [payload[a:b] for a, b in pairwise(offsets)]
+    return header, [payload[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 class FrameShards:
@@ -195,44 +196,42 @@ class FrameShards:
         """Decodes clips in place; returns the picture's i32[4] top, left, height, width.
 
         `frame_indices` i64[n, F] are source frame numbers; each shows the stored frame nearest to
-        its time. `canvas` u8[n, F, S, S, 3] gets the picture centred and zeros around it. An image
-        fills every slot. FrameShardError for a damaged record, ValueError if S is too small.
+        its time. `canvas` u8[n, F, S, S, 3], or planes u8[n, F, S*S*3//2] (see `canvas.py`), gets
+        the picture centred and zeros around it. An image fills every slot. FrameShardError for a
+        damaged record, ValueError if S is too small, or for planes of what is not stored as 4:2:0.
         """
         info = self.info(media_id)
-        size, height, width = canvas.shape[2], info.height, info.width
-        if max(height, width) > size:
-            raise ValueError(
-                f"{media_id!r} is stored at {height}x{width} in {self.path}, larger than the "
-                f"{size}-pixel frames asked for; use frame_size={self.spec.size}"
-            )
-        top, left = (size - height) // 2, (size - width) // 2
-        canvas[:, :, :top] = canvas[:, :, top + height :] = 0
-        canvas[:, :, :, :left] = canvas[:, :, :, left + width :] = 0
-        pictures = canvas[:, :, top : top + height, left : left + width]
-
+        self._check_canvas(info, canvas)
+        geometry, pictures = open_pictures(canvas, info.height, info.width)
         seconds = np.asarray(frame_indices) / info.fps
         grid = np.floor(seconds * info.stored_fps + 0.5).astype(np.int64)
         wanted, slot_frame = np.unique(grid.clip(0, info.stored_frames - 1), return_inverse=True)
         jpegs = self._jpegs(media_id, wanted.tolist())
-        scratch = np.empty((height, width, 3), np.uint8)
-        drawn = {}
-        for slot, frame in np.ndenumerate(slot_frame.reshape(canvas.shape[:2])):
-            picture = pictures[slot]
+        drawn: dict[int, Picture] = {}
+        slots = itertools.product(*map(range, canvas.shape[:2]))
+        for slot, frame in zip(slots, slot_frame.ravel().tolist(), strict=True):
+            picture = tuple(views[slot] for views in pictures)
             if frame in drawn:
-                picture[:] = pictures[drawn[frame]]
+                copy_picture(drawn[frame], picture)
                 continue
-            drawn[frame] = slot
-            # Full-width pictures are contiguous rows of the canvas: no copy is needed.
-            target = picture if width == size else scratch
+            drawn[frame] = picture
             try:
-                shape = simplejpeg.decode_jpeg(jpegs[frame], buffer=target).shape
-                if shape != target.shape:
-                    raise ValueError(f"JPEG of {shape} where {target.shape} was stored")
+                draw_jpeg(jpegs[frame], picture)
             except ValueError as error:
                 raise self._error(media_id, error) from error
-            if target is scratch:
-                picture[:] = scratch
-        return np.array([top, left, height, width], np.int32)
+        return geometry
+
+    def _check_canvas(self, info: MediaInfo, canvas: np.ndarray) -> None:
+        if max(info.height, info.width) > side(canvas):
+            raise ValueError(
+                f"{info.id!r} is stored at {info.height}x{info.width} in {self.path}, larger than "
+                f"the {side(canvas)}-pixel frames asked for; use frame_size={self.spec.size}"
+            )
+        if canvas.ndim == 3 and self.spec.subsampling != "420":
+            raise ValueError(
+                f"{self.path} is stored with subsampling {self.spec.subsampling}, whose colours do "
+                "not fit into layout='yuv420'; use layout='rgb', or predecode with 420"
+            )
 
     def _jpegs(self, media_id: str, frames: list[int]) -> list[memoryview]:
         """JPEGs of ascending grid frames; every segment is read once."""

@@ -194,3 +194,20 @@ def test_the_same_id_twice_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="'a' was added twice"):
         add(writer, "a", frames_of(1, 64, 64))
     writer.close()
+
+
+def test_planes_are_read_where_colours_are_stored_at_half_the_size(tmp_path, shards):
+    indices, planes = np.array([[0, 7, 8, 15]]), np.full((1, 4, 64 * 64 * 3 // 2), 7, np.uint8)
+    with pytest.raises(ValueError, match=r"subsampling 444.*layout='rgb'"):
+        shards.read_clips("wide.mp4", indices, planes)
+    writer = FrameShardWriter(tmp_path / "420", ShardSpec(size=64, segment_seconds=3.0))
+    add(writer, "wide.mp4", frames_of(14, 36, 64))
+    writer.close()
+    shards = FrameShards(tmp_path / "420")
+    rgb = np.zeros((1, 4, 64, 64, 3), np.uint8)
+    geometry = shards.read_clips("wide.mp4", indices, planes)
+    assert geometry.tolist() == shards.read_clips("wide.mp4", indices, rgb).tolist()
+    luma = planes[..., : 64 * 64].reshape(1, 4, 64, 64)
+    assert np.abs(luma - rgb @ np.array([0.299, 0.587, 0.114])).max() < 2
+    assert (planes[0, 0] == planes[0, 1]).all()  # both show the first stored frame
+    assert (planes[0, 1] != planes[0, 2]).any()
