@@ -30,7 +30,7 @@ from rich.progress import (
 from data_pipeline.frame_shard_writer import FrameShardWriter, write_atomic
 from data_pipeline.frame_shards import ShardSpec
 from data_pipeline.media_encoding import EncodedMedium, encode_image, encode_video
-from data_pipeline.media_files import Medium, find_media
+from data_pipeline.media_files import Medium, find_media, local_copy
 from data_pipeline.video import VideoError
 from data_pipeline.worker_pool import Casualty, run_isolated
 
@@ -118,9 +118,10 @@ def predecode(
 def _encode(task: tuple[Medium, ShardSpec], beat: Any) -> EncodedMedium | Casualty:
     medium, spec = task
     try:
-        if medium.kind == "image":
-            return encode_image(medium.path, medium.id, spec)
-        return encode_video(medium.path, medium.id, spec, beat)
+        with local_copy(medium, beat) as path:
+            if medium.kind == "image":
+                return encode_image(path, medium.id, spec)
+            return encode_video(path, medium.id, spec, beat)
     except VideoError as error:
         return Casualty(error.reason, error.detail)
     except Exception as error:  # whatever a file does to the decoder, the others must go on
@@ -130,8 +131,7 @@ def _encode(task: tuple[Medium, ShardSpec], beat: Any) -> EncodedMedium | Casual
 def _batches(tasks: Sequence[tuple[Medium, ShardSpec]]) -> list[list[tuple[Medium, ShardSpec]]]:
     batches, size = [[]], 0
     for task in tasks:
-        path = task[0].path
-        size += path.stat().st_size if path.is_file() else 0
+        size += max(0, task[0].size)
         if batches[-1] and (len(batches[-1]) == _BATCH_MEDIA or size > _BATCH_BYTES):
             batches.append([])
             size = 0

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""WebDataset tars: where each file lies inside, so that it can be read without unpacking the rest.
+
+The headers are read once, with all tars of a job side by side. WebDataset's key of a member is its
+name up to the first dot of its last part; a sample is all the members of one key.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from data_pipeline.remote_files import open_file
+
+_READ_AT_A_TIME = 64 << 10  # bytes: the small files after a video come with its header
+_TARS_AT_A_TIME = 16
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+
+class TarIndex(NamedTuple):
+    """(name, offset, bytes) of a tar's files in their order; damage says why there may be more."""
+
+    members: list[tuple[str, int, int]]
+    damage: str = ""
+
+
+def is_tar(path: str) -> bool:
+    """ValueError for a compressed one, which has no offsets."""
+    name = os.path.basename(path).partition("?")[0].lower()
+    if name.endswith(_PACKED):
+        raise ValueError(f"{path} is compressed: files inside cannot be reached; make it a .tar")
+    return name.endswith(".tar")
+
+
+def index_tars(paths: Sequence[str]) -> Iterator[TarIndex]:
+    """In the order of `paths`; FileNotFoundError or OSError for a tar that cannot be opened."""
+    with ThreadPoolExecutor(_TARS_AT_A_TIME) as pool:
+        yield from pool.map(index_tar, paths)
+
+
+def index_tar(path: str) -> TarIndex:
+    """Regular files and hard links to them; of several with one name the last, as tar unpacks."""
+    members = {}
+    with open_file(path, _READ_AT_A_TIME) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while member := tar.next():
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue] # it keeps all
+                    name = member.name.removeprefix("./")
+                    if member.islnk() and member.linkname.removeprefix("./") in members:
+                        members[name] = members[member.linkname.removeprefix("./")]
+                    elif member.isreg() and not member.issparse():
+                        members[name] = member.offset_data, member.size
+                file.seek(tar.offset)
+                if any(file.read(tarfile.BLOCKSIZE) or b"?"):
+                    damage = f"no end after {len(members)} files: cut off or damaged"
+                else:
+                    damage = ""
+        except tarfile.TarError as error:
+            damage = f"{error} after {len(members)} files"
+    return TarIndex([(name, *where) for name, where in members.items()], damage)
