@@ -10,46 +10,29 @@ The state is the next step, so it may be continued by any number of processes or
 """
 
 import functools
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grain
 import numpy as np
 
 from data_pipeline.batch import Batch, empty_batch
-from data_pipeline.frame_shards import FrameShards
-from data_pipeline.mixture import Mixture
-from data_pipeline.packing import Draw, Plan, place
-from data_pipeline.samples import Sample, SampleMaker
-from data_pipeline.sampling import ClipSampling
-from data_pipeline.sources import Source, SourceConfig, open_source
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.data_config import DataConfig, sample_maker
+from data_pipeline.filling import Canvases, Counts, RowFiller, patiently
+from data_pipeline.mixture import Mixture, draw_weights
+from data_pipeline.packing import Draw, Plan
+from data_pipeline.samples import MISSING
+from data_pipeline.sizes import OUTCOME, TOKENS, measure, open_measured
+from data_pipeline.sources import Source, SourceConfig
+
+__all__ = ["WINDOW", "DataConfig", "LoadStats", "Loader", "SourceConfig", "sample_maker"]
 
 WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fill
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    sources: dict[str, SourceConfig]
-    frames: tuple[str, ...]  # folders of frame shards; the first that holds a medium is read
-    tokenizer: str  # path, see tokenizer.py
-    batch_size: int  # B, rows over all processes
-    length: int  # L
-    clips: int  # C
-    frame_size: int  # S
-    tokens_per_clip: int  # Q
-    frames_per_clip: int = 4  # F
-    clip_duration: float = 2.0  # seconds
-    max_clips: int = 0  # per video, 0 = as many as a row holds
-    sampling_mode: str = "fps"
-    uniform_frames: int = 0
-    seed: int = 0
-    max_bad_share: float = 0.01  # of this process's samples; more stop the run
-    threads: int = 2
-    prefetch: int = 4  # batches
+_MANY = 100_000  # records that are better measured once than by every process
 
 
 @dataclass(frozen=True)
@@ -63,11 +46,13 @@ class LoadStats:
     bad: tuple[tuple[str, str], ...]  # (record id, reason), masked
     fill_tokens: float  # share of the token positions in use
     fill_clips: float
+    sources: Mapping[str, Counts] = field(default_factory=dict)  # of those that were drawn from
 
 
 # What may differ between a run and its continuation: where things lie and how fast they are read.
-_FREE = ("sources", "frames", "tokenizer", "max_bad_share", "threads", "prefetch")
-_DATA_ERRORS = (ValueError, OSError)
+_FREE = (
+    "sources", "frames", "tokenizer", "layout", "sizes", "max_bad_share", "threads", "prefetch",
+)  # fmt: skip
 
 
 class Loader:
@@ -90,20 +75,46 @@ class Loader:
             raise ValueError("the data config names no sources")
         self._config = config
         self._num_steps = num_steps
+        self._alone = process_count == 1
         rows = config.batch_size // process_count
         self._local = slice(process_index * rows, (process_index + 1) * rows)
         self._maker = sample_maker(config)
-        self._sources = {n: _open_source(n, config, self._maker) for n in config.sources}
-        sizes = {name: len(source) for name, source in self._sources.items()}
-        weights = {name: source.weight for name, source in config.sources.items()}
-        block = min(WINDOW, sum(sizes.values()))
-        self._mixture = Mixture(sizes, weights, seed=config.seed, block=block)
-        self._readers = list(self._sources.values())
-        self._sizes = [np.full((len(source), 2), -1, np.int32) for source in self._readers]
+        self._open_sources(quiet=process_index > 0)
         self._pool = ThreadPoolExecutor(config.threads, "loader")
+        self._canvases = Canvases(keep=config.prefetch + 2)
+        self._filler = RowFiller(
+            list(self._sources), list(self._sources.values()), self._maker, self._size_of
+        )
         self._seen = self._bad = 0
         self._iterator = None
         self._start(0, (0, 0))
+
+    def _open_sources(self, quiet: bool) -> None:
+        config = self._config
+        self._sources: dict[str, Source] = {}
+        tables: dict[str, np.ndarray | None] = {}
+        for name, settings in config.sources.items():
+            source, table = open_measured(settings, self._maker, config.sizes)
+            _judge_missing(name, source, table, config)
+            self._sources[name], tables[name] = source, table
+        numbers = {name: len(source) for name, source in self._sources.items()}
+        unknown = [name for name, table in tables.items() if table is None]
+        if sum(numbers[name] for name in unknown) > _MANY and not quiet:
+            logging.warning(
+                "%s: samples are measured when they are first planned, by every process; to do "
+                "that once: apollo-jax data check --config FILE",
+                ", ".join(unknown),
+            )
+        weights = {name: source.weight for name, source in config.sources.items()}
+        tokens = {n: None if t is None else t[:, TOKENS] for n, t in tables.items()}
+        weights = draw_weights(weights, config.weight_by, tokens)
+        block = min(WINDOW, sum(numbers.values()))
+        self._mixture = Mixture(numbers, weights, seed=config.seed, block=block)
+        # Tokens and clips by record, -1 = not known yet.
+        self._sizes = [
+            np.full((numbers[name], 2), -1, np.int32) if table is None else table[:, :2]
+            for name, table in tables.items()
+        ]
 
     def __iter__(self) -> Iterator[tuple[Batch, LoadStats]]:
         return self
@@ -168,68 +179,59 @@ class Loader:
 
     def _sizes_of(self, draws: np.ndarray) -> np.ndarray:
         """i32[n, 2] tokens and clips of draws, (0, 0) where unusable; worked out once each."""
-        return np.array([self._size_of((source, index)) for source, index in draws.tolist()])
+        found = np.empty((len(draws), 2), np.int32)
+        for source in np.unique(draws[:, 0]).tolist():
+            mine = draws[:, 0] == source
+            records, sizes = draws[mine, 1], self._sizes[source]
+            for record in records[sizes[records, 0] < 0].tolist():
+                reader = self._filler.sources[source]
+                sizes[record] = patiently(measure, reader, record, self._maker)[:2]
+            found[mine] = sizes[records]
+        return found
 
     def _size_of(self, draw: Draw) -> tuple[int, int]:
-        """(tokens, clips) of a record, (0, 0) if it cannot be used; worked out once."""
-        source, index = draw
-        size = self._sizes[source][index]
-        if size[0] < 0:
-            try:
-                sample = self._maker.make(self._readers[source][index])
-                size[:] = len(sample.text.tokens), sample.clips
-            except _DATA_ERRORS:
-                size[:] = 0
-        return int(size[0]), int(size[1])
+        tokens, clips = self._sizes[draw[0]][draw[1]].tolist()
+        return tokens, clips
+
+    def empty(self) -> Batch:
+        """This process's rows of a batch that is all padding."""
+        config, rows = self._config, self._local.stop - self._local.start
+        return empty_batch(
+            rows, config.length, config.clips, config.frames_per_clip, config.frame_size
+        )
 
     def _load(self, plan: Plan, step: int) -> tuple[Batch, LoadStats, tuple[int, int]]:
         config = self._config
         planned, cursor = plan.rows(step * config.batch_size, config.batch_size)
         rows = planned[self._local]
-        batch = empty_batch(
-            len(rows), config.length, config.clips, config.frames_per_clip, config.frame_size
-        )
-        bad = list(self._pool.map(functools.partial(self._fill_row, batch), range(len(rows)), rows))
+        batch = self.empty()
+        batch = batch._replace(frames=self._canvases.take(batch.frames.shape))
+        fill = functools.partial(self._filler.fill, batch)
+        filled = list(self._pool.map(fill, range(len(rows)), rows))
         tokens, clips = int((batch.segment_ids > 0).sum()), int(batch.clip_mask.sum())
+        counts = np.sum([row.counts for row in filled], axis=0)
         stats = LoadStats(
             samples=int(batch.segment_ids.max(axis=1).sum()),
             tokens=tokens,
             clips=clips,
             frames=clips * config.frames_per_clip,
-            bad=tuple(entry for row in bad for entry in row),
+            bad=tuple(entry for row in filled for entry in row.bad),
             fill_tokens=tokens / batch.segment_ids.size,
             fill_clips=clips / max(batch.clip_mask.size, 1),
+            sources={
+                name: Counts(*found.tolist())
+                for name, found in zip(self._sources, counts, strict=True)
+                if found[0]
+            },
         )
         return batch, stats, cursor
 
-    def _fill_row(self, batch: Batch, row: int, draws: tuple[Draw, ...]) -> list[tuple[str, str]]:
-        """Writes the samples of one row; returns (record id, reason) of those that failed."""
-        token = clip = segment = 0
-        bad = []
-        for source, index in draws:
-            record_id = f"{self._mixture.names[source]}[{index}]"
-            try:
-                record = self._readers[source][index]
-                record_id = record.id
-                sample = self._maker.make(record)
-                _decode(batch, row, clip, segment + 1, sample)
-            except _DATA_ERRORS as error:
-                bad.append((record_id, str(error)))
-                continue
-            segment += 1
-            visual = clip * self._config.tokens_per_clip
-            place(batch, row, sample.text, segment=segment, token=token, visual=visual)
-            token += len(sample.text.tokens)
-            clip += sample.clips
-        return bad
-
     def _judge(self, stats: LoadStats) -> None:
-        """Stops at more bad samples than the share allows, three standard deviations included."""
+        """Stops at too many bad samples. Where there are more processes, their run does that."""
         self._seen += stats.samples + len(stats.bad)
         self._bad += len(stats.bad)
         share = self._config.max_bad_share
-        expected = share * self._seen
-        if stats.bad and self._bad > (share > 0) + expected + 3 * math.sqrt(expected):
+        if self._alone and stats.bad and too_many(self._bad, self._seen, share):
             named = "\n".join(f"  {record}: {reason}" for record, reason in stats.bad[:5])
             raise ValueError(
                 f"{self._bad} of {self._seen} samples could not be read, more than "
@@ -248,50 +250,30 @@ class Loader:
         return facts
 
 
-def _decode(batch: Batch, row: int, clip: int, segment: int, sample: Sample) -> None:
-    """Decodes a sample's frames into the slots from `clip` on; leaves no trace if it fails."""
-    slots = slice(clip, clip + sample.clips)
-    try:
-        at = clip
-        for shards, media_id, frames in sample.media:
-            end = at + len(frames)
-            geometry = shards.read_clips(media_id, frames, batch.frames[row, at:end])
-            batch.frame_geometry[row, at:end] = geometry
-            at = end
-    except _DATA_ERRORS:
-        batch.frames[row, slots] = 0
-        batch.frame_geometry[row, slots] = 0
-        raise
-    batch.clip_mask[row, slots] = True
-    batch.clip_segment_ids[row, slots] = segment
+def too_many(bad: int, seen: int, share: float) -> bool:
+    """Whether `bad` of `seen` are more than the share allows, three standard deviations included.
+
+    If any are allowed, the first is.
+    """
+    expected = share * seen
+    return bad > (share > 0) + expected + 3 * math.sqrt(expected)
 
 
-def sample_maker(config: DataConfig) -> SampleMaker:
-    """What makes samples as `config` says; FileNotFoundError or ValueError for wrong paths."""
-    return SampleMaker(
-        shards=[FrameShards(path) for path in config.frames],
-        tokenizer=Tokenizer.from_path(config.tokenizer),
-        sampling=ClipSampling(
-            mode=config.sampling_mode,
-            clip_duration=config.clip_duration,
-            frames_per_clip=config.frames_per_clip,
-            max_clips=config.max_clips,
-            uniform_frames=config.uniform_frames,
-        ),
-        tokens_per_clip=config.tokens_per_clip,
-        length=config.length,
-        clips=config.clips,
-    )
-
-
-def _open_source(name: str, config: DataConfig, known: SampleMaker) -> Source:
-    source, path = open_source(config.sources[name], known), config.sources[name].path
-    if len(source.missing) > config.max_bad_share * len(source):
-        examples = "\n".join(f"  {record}: {media!r}" for record, media in source.missing[:5])
+def _judge_missing(name: str, source: Source, table: np.ndarray | None, config: DataConfig) -> None:
+    """ValueError if more records lack media than may be bad."""
+    count, missing = len(source.missing), source.missing[:5]
+    if table is not None:
+        lacking = np.flatnonzero(table[:, OUTCOME] == MISSING)
+        count = len(lacking)
+        missing = [
+            (r.id, ", ".join(m.id for m in r.media))
+            for r in map(source.__getitem__, lacking[:5].tolist())
+        ]
+    if count > config.max_bad_share * len(source):
+        examples = "\n".join(f"  {record}: {media!r}" for record, media in missing)
         raise ValueError(
-            f"source {name!r} ({path}): {len(source.missing)} of {len(source)} records need "
+            f"source {name!r} ({config.sources[name].path}): {count} of {len(source)} records need "
             f"media that are not in the frame shards {', '.join(config.frames) or '(none)'}, more "
             f"than max_bad_share={config.max_bad_share}; media are named by their path relative "
             f"to predecode's --root:\n{examples}"
         )
-    return source

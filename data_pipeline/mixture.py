@@ -14,6 +14,32 @@ from functools import lru_cache
 import numpy as np
 
 
+def draw_weights(
+    weights: Mapping[str, float], weight_by: str, tokens: Mapping[str, np.ndarray | None]
+) -> dict[str, float]:
+    """By which weights the sources' samples are drawn, so that `weights` are shares of what is
+    said: 'samples', or 'tokens', exactly in expectation. `tokens` i[n] are those of every record,
+    None if they are not known. Raises ValueError if that keeps the shares from being computed.
+    """
+    if weight_by == "samples":
+        return dict(weights)
+    if weight_by != "tokens":
+        raise ValueError(f"weight_by={weight_by!r} must be 'samples' or 'tokens'")
+    drawn = {}
+    for name, weight in weights.items():
+        lengths = tokens[name]
+        if lengths is None:
+            raise ValueError(
+                f"weight_by='tokens' needs the sizes of all samples of source {name!r}; measure "
+                "them once: apollo-jax data check --config FILE"
+            )
+        mean = float(np.mean(lengths))
+        if weight > 0 and mean == 0:
+            raise ValueError(f"source {name!r} has no sample that fits a row")
+        drawn[name] = weight / mean if weight > 0 else 0.0
+    return drawn
+
+
 class Mixture:
     """Blocks of (source, record) draws from sources of `sizes` records at `weights`.
 

@@ -41,15 +41,23 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
-def open_source(config: SourceConfig, known: Container[str] | None = None) -> Source:
+def open_source(
+    config: SourceConfig, known: Container[str] | None = None, *, index: Path | None = None
+) -> Source:
     """The source at `config.path`; FileNotFoundError or ValueError if it cannot be read as such.
 
-    `known` holds the media there are; None leaves `missing` empty.
+    `known` holds the media there are; None leaves `missing` empty. `index` is the folder where the
+    index of a JSONL file may be.
     """
-    return JsonlSource(config.path, known)
+    if config.path.startswith("tfds:"):
+        from data_pipeline.tfds_source import TfdsSource  # TFDS takes most of a second to import
+
+        return TfdsSource(config)
+    return JsonlSource(config.path, known, index)
 
 
 _ERRORS_SHOWN = 5
+_INDEX_VERSION = 1  # of the checks: raised when they find faults that they did not find before
 _SPACE = tuple(" \t\n\r")
 
 
@@ -58,9 +66,16 @@ class JsonlSource:
 
     Raises FileNotFoundError, or ValueError naming the file, place and field of the first faults.
     Records whose media `known` does not hold are no fault of the file: `missing` lists them.
+    If `index` is a folder where `write_index` left what it found in this very content, nothing is
+    checked again: then `indexed` is True and `missing` empty.
     """
 
-    def __init__(self, path: str | os.PathLike, known: Container[str] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        known: Container[str] | None = None,
+        index: Path | None = None,
+    ):
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"annotation file {self.path} does not exist")
@@ -71,42 +86,69 @@ class JsonlSource:
             )
         self.missing: list[tuple[str, str]] = []  # (record id, media id)
         self._place = "{}[{}]" if self.path.suffix == ".json" else "{}:{}"
-        digest, spans, numbers, faults = hashlib.sha256(), [], [], []
         with open(self.path, "rb") as file:
-            for number, start, part in _parts(file, self.path):
-                digest.update(part)
-                if not part.strip():
-                    continue
-                spans.append((start, start + len(part)))
-                numbers.append(number)
-                try:
-                    record = parse_record(part, self._place.format(self.path.name, number))
-                except ValueError as error:
-                    faults.append(f"  {error}")
-                    continue
-                absent = (m.id for m in record.media if known is not None and m.id not in known)
-                self.missing += [(record.id, media_id) for media_id in absent][:1]
-            if faults:
-                raise ValueError(_all_faults(self.path, faults))
-            if not numbers:
-                raise ValueError(f"annotation file {self.path} has no records")
+            self.fingerprint = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            file.seek(0)
+            found = None if index is None else _read_index(self._index_path(index))
+            self.indexed = found is not None
+            self._records = self._check(file, known) if found is None else found
             # Not a memory map: a file cut short while it is mapped kills the process.
             self._file = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._file)
-        self._spans = np.array(spans, np.int64)
-        self._numbers = np.array(numbers, np.int64)
-        self.fingerprint = digest.hexdigest()[:16]
+
+    def _check(self, file: BinaryIO, known: Container[str] | None) -> np.ndarray:
+        """Where the records are, i64[n, 3]: first byte, end, number in the file."""
+        records, faults = [], []
+        for number, start, part in _parts(file, self.path):
+            if not part.strip():
+                continue
+            records.append((start, start + len(part), number))
+            try:
+                record = parse_record(part, self._place.format(self.path.name, number))
+            except ValueError as error:
+                faults.append(f"  {error}")
+                continue
+            absent = (m.id for m in record.media if known is not None and m.id not in known)
+            self.missing += [(record.id, media_id) for media_id in absent][:1]
+        if faults:
+            raise ValueError(_all_faults(self.path, faults))
+        if not records:
+            raise ValueError(f"annotation file {self.path} has no records")
+        return np.array(records, np.int64)
+
+    def _index_path(self, folder: Path) -> Path:
+        return folder / f"{self.path.name}.index{_INDEX_VERSION}-{self.fingerprint}.npy"
+
+    def write_index(self, folder: Path) -> None:
+        """Leaves in `folder` what the checks found, for whoever opens the same content again."""
+        write_array(self._index_path(folder), self._records)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        start, end = self._spans[index].tolist()
+        start, end, number = self._records[index].tolist()
         part = os.pread(self._file, end - start, start)
         try:
-            return parse_record(part, self._place.format(self.path.name, self._numbers[index]))
+            return parse_record(part, self._place.format(self.path.name, number))
         except ValueError as error:
-            raise RuntimeError(f"{self.path} was changed while it was in use: {error}") from None
+            raise ValueError(f"{self.path} was changed while it was in use: {error}") from None
+
+
+def _read_index(path: Path) -> np.ndarray | None:
+    try:
+        return np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy file so that readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
 
 
 def _all_faults(path: Path, faults: list[str]) -> str:

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small videos of every kind, whole and damaged, made with PyAV."""
+"""Small videos of every kind, whole and damaged, made with PyAV; small shards and records."""
 
+import json
 import struct
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import pytest
+
+from data_pipeline.frame_shard_writer import FrameShardWriter
+from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.loader import DataConfig, SourceConfig
+
+LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"
 
 _OPTIONS = {
     "libx264": {"preset": "ultrafast", "crf": "12", "bf": "2"},
@@ -116,6 +124,63 @@ class Videos:
             container.mux(stream.encode())
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def videos() -> type[Videos]:
     return Videos
+
+
+class TinyData:
+    """Shards of videos v0.. (1 to 8 s, one shade each) and images i0.., and configs over them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        spec = ShardSpec(fps=2.0, size=16)
+        writer = FrameShardWriter(folder / "shards", spec)
+        for v in range(8):
+            jpegs = [spec.encode(np.full((10, 16, 3), 40 + 20 * v, np.uint8))] * (2 * v + 2)
+            times = [k / 2 for k in range(len(jpegs))]
+            n = len(jpegs)
+            info = MediaInfo(f"v{v}", "video", 5 * n, 10.0, n / 2, n, 2.0, 10, 16)
+            writer.add(info, encode_segments(info.id, jpegs, times, (10, 16), spec))
+        for i in range(4):
+            info = MediaInfo(f"i{i}", "image", 1, 1.0, 0.0, 1, 1.0, 16, 10)
+            jpeg = spec.encode(np.full((16, 10, 3), 10 * i, np.uint8))
+            writer.add(info, encode_segments(info.id, [jpeg], [0.0], (16, 10), spec))
+        writer.close()
+
+    @staticmethod
+    def records(kind: str, count: int) -> list[dict]:
+        """`count` records of 'text', 'image' or 'video', told apart by their answers."""
+        media = {
+            "text": lambda n: {},
+            "image": lambda n: {"image": f"i{n % 4}"},
+            "video": lambda n: {"video": f"v{n % 8}"},
+        }
+        return [
+            dict(id=f"{kind}{n}", question="What?", answer=f"{kind} {n}" + " so" * (n % 9))
+            | media[kind](n)
+            for n in range(count)
+        ]
+
+    def write(self, name: str, records: list[dict]) -> Path:
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    def config(self, sources: dict[str, list[dict]], **changes: Any) -> DataConfig:
+        settings = {
+            "sources": {n: SourceConfig(str(self.write(n, r))) for n, r in sources.items()},
+            "frames": (str(self.folder / "shards"),),
+            "tokenizer": str(LLM),
+            "batch_size": 8,
+            "length": 256,
+            "clips": 8,
+            "frame_size": 16,
+            "tokens_per_clip": 4,
+        }
+        return DataConfig(**(settings | changes))
+
+
+@pytest.fixture
+def tiny_data(tmp_path: Path) -> TinyData:
+    return TinyData(tmp_path)

@@ -77,7 +77,7 @@ def test_a_file_changed_while_in_use_is_told(tmp_path):
     source = JsonlSource(path)
     write(path, asked("one?"))
     assert source[0].turns[0].text == "one?"
-    with pytest.raises(RuntimeError, match=r"a\.jsonl was changed while it was in use: a\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was in use: a\.jsonl:2"):
         source[1]
 
 
