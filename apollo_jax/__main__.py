@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "demo": ("apollo_jax.demo", "build, train and question a tiny Apollo, in minutes on a CPU"),
     "predecode": ("data_pipeline.predecode", "videos to shards of frames at a fixed rate"),
+    "shards": ("data_pipeline.shards", "list, show, verify and repair shards of frames"),
     "data": ("apollo_jax.data", "check the data of an experiment before training, look at samples"),
     "train": ("apollo_jax.training.train", "train one stage, or continue it"),
     "evaluate": ("apollo_jax.evaluation.evaluate", "score a checkpoint on a benchmark"),

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is wrong with frame shards: every file, every record, every frame is looked at."""
+
+import hashlib
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import simplejpeg
+
+from data_pipeline.frame_shards import decode_segment
+from data_pipeline.record_files import open_records
+from data_pipeline.shard_folder import COLUMNS, FACTS, Problem, ShardTask, read_sidecar
+
+# What damaged bytes provoke in msgpack, numpy, Riegeli and libjpeg.
+RECORD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
+
+
+def check_shard(task: ShardTask) -> list[Problem]:
+    """Everything that is wrong with one shard; media that cannot be used are named."""
+    problems, shard = [], None
+    try:
+        shard = read_sidecar(task)
+    except FileNotFoundError:
+        problems.append(Problem(task.sidecar, "is missing"))
+    except ValueError as error:
+        problems.append(Problem(task.sidecar, f"is damaged: {error}"))
+    if shard and task.facts:
+        problems += [
+            Problem(task.sidecar, f"says {name} {shard[name]}, manifest.json {task.facts[name]}")
+            for name in FACTS
+            if shard[name] != task.facts[name]
+        ]
+    if shard and task.media is not None:
+        problems += [
+            Problem(task.sidecar, "and index.npz disagree", media_id)
+            for media_id in _disagreements(shard["media"], task.media)
+        ]
+    # The sidecar is what its shard was committed with; index and manifest only repeat it.
+    facts, media = shard or task.facts, shard["media"] if shard else task.media
+    if facts is None or media is None:
+        return [*problems, Problem(task.sidecar, "nothing says what its shard should hold")]
+    return problems + (_check_file(task, facts, media) if facts["file"] else [])
+
+
+def _disagreements(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:
+    ours, theirs = ({row["id"]: row for row in rows} for rows in (here, there))
+    return [
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in ours
+        or name not in theirs
+        or any(ours[name][k] != theirs[name][k] for k in COLUMNS)
+    ]
+
+
+def _check_file(
+    task: ShardTask, facts: dict[str, Any], media: list[dict[str, Any]]
+) -> list[Problem]:
+    name, problems = facts["file"], []
+    path = task.folder / name
+    try:
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            problems.append(Problem(name, f"has {size} bytes instead of {facts['bytes']}"))
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
+                problems.append(Problem(name, "has another sha256 than when it was written"))
+        reader = open_records(path)
+    except FileNotFoundError:
+        return [Problem(name, "is missing"), *(Problem(name, "is lost", m["id"]) for m in media)]
+    except (RuntimeError, OSError) as error:
+        lost = [Problem(name, "is lost", m["id"]) for m in media]
+        return [*problems, Problem(name, f"cannot be read: {error}"), *lost]
+    if reader.num_records() != facts["records"]:
+        what = f"holds {reader.num_records()} records instead of {facts['records']}"
+        problems.append(Problem(name, what))
+    for row in media:
+        try:
+            for segment in range(-(-row["stored_frames"] // task.segment_frames)):
+                record = reader.read([row["record"] + segment])[0]
+                check_record(record, row, segment, task.segment_frames, task.decode)
+        except RECORD_ERRORS as error:
+            problems.append(Problem(name, f"is damaged: {error}", row["id"]))
+    return problems
+
+
+def check_record(
+    record: bytes, row: dict[str, Any], segment: int, segment_frames: int, decode: bool
+) -> None:
+    """ValueError (or what its bytes provoke) unless it is this segment of this medium, sound."""
+    header, jpegs = decode_segment(record)
+    if (header["id"], header["seg"]) != (row["id"], segment):
+        raise ValueError(f"its record holds {header['id']!r} segment {header['seg']}")
+    count = min(segment_frames, row["stored_frames"] - segment * segment_frames)
+    if not count == header["n"] == len(jpegs) == len(header["pts_us"]) == len(header["crc"]):
+        raise ValueError(f"segment {segment} holds {len(jpegs)} frames instead of {count}")
+    if list(header["hw"]) != [row["height"], row["width"]]:
+        raise ValueError(f"segment {segment} is of size {header['hw']}")
+    for frame, (jpeg, crc) in enumerate(zip(jpegs, header["crc"], strict=True)):
+        if zlib.crc32(jpeg) != crc:
+            raise ValueError(f"frame {frame} of segment {segment} has a wrong checksum")
+        if decode and simplejpeg.decode_jpeg(jpeg).shape[:2] != (row["height"], row["width"]):
+            raise ValueError(f"frame {frame} of segment {segment} is of another size")
+
+
+def check_shards(tasks: Iterator[ShardTask], workers: int) -> Iterator[list[Problem]]:
+    """`check_shard` of every task, in order, in processes of their own if there are many."""
+    if workers == 1:
+        yield from map(check_shard, tasks)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        ahead = deque()
+        for task in tasks:  # a bounded number of tasks: those of 10^6 media are large
+            ahead.append(pool.submit(check_shard, task))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
