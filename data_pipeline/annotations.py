@@ -27,6 +27,7 @@ ROLE_NAMES = {
     "user": ("human", "user"),
     "assistant": ("gpt", "assistant", "chatgpt", "bing", "bard", "model"),
     "system": ("system",),
+    "text": ("text",),  # a plain text, alone
 }
 _ROLE_OF = {name: role for role, names in ROLE_NAMES.items() for name in names}
 _TURN_FIELDS = {  # field -> who speaks, what is said
@@ -127,8 +128,10 @@ def _turn_list(entry: dict, field: str) -> tuple[Turn, ...]:
                 f"{role_key!r} is {turn.get(role_key)!r} in {field}[{number}]; known: "
                 f"{', '.join(_ROLE_OF)}"
             )
-        said = said or (role == "assistant" and bool(text))
+        said = said or (role in ("assistant", "text") and bool(text))
         turns.append(Turn(role, text))
+    if any(turn.role == "text" for turn in turns) and len(turns) > 1:
+        raise ValueError(f"a turn of role 'text' does not stand alone in {field!r}")
     if not said:
         raise ValueError(f"the assistant says nothing in {field!r}, so there is nothing to learn")
     return tuple(turns)

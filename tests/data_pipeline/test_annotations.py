@@ -56,6 +56,8 @@ def test_a_single_frame_control_is_a_field_of_the_record():
 def test_a_plain_text_is_learnt_whole_and_may_hold_media():
     page = parse_record(json.dumps({"text": "Use the <video> tag."}), "f:1")
     assert (page.turns, page.media) == ((Turn("text", "Use the <video> tag."),), ())
+    turn = json.dumps({"turns": [{"role": "text", "text": "Use the <video> tag."}]})
+    assert parse_record(turn, "f:1") == page
     document = parse_record(json.dumps({"text": "A cat: <image>.", "image": "a.jpg"}), "f:1")
     assert document.media == (Media("image", "a.jpg"),)
 
@@ -77,6 +79,7 @@ def test_a_plain_text_is_learnt_whole_and_may_hold_media():
             r"'role' is 'bot' in turns\[0\]; known: human",
         ),
         (json.dumps({"turns": [{"role": "user"}]}), r"turns\[0\] lacks the text 'text'"),
+        (json.dumps({"turns": [{"role": "text", "text": "a"}] * 2}), "does not stand alone"),
         (json.dumps({"text": " "}), "'text' should be a text"),
         (json.dumps({"text": "a", "image": "b"}), "0 <image> placeholders for 1 images"),
         (json.dumps({"question": "a", "answer": ""}), "'answer' is empty"),
