@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`apollo-jax data {check,show}`: the data of an experiment, before a chip is paid for."""
+"""`apollo-jax data {check,show,tfds}`: the data of an experiment, before a chip is paid for."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ _LINE_SECONDS = 10.0  # between lines of progress in a log
 
 
 def main(argv: list[str]) -> None:
-    """Check or look at the data of an experiment."""
+    """Check or look at the data of an experiment, or make a TensorFlow Dataset of data."""
     parser = argparse.ArgumentParser("apollo-jax data", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser(
@@ -40,10 +40,24 @@ def main(argv: list[str]) -> None:
     show_parser.add_argument(
         "--output", type=Path, default=Path("sample.png"), help="picture of its frames"
     )
+    tfds_parser = commands.add_parser(
+        "tfds", help="conversations and their frame shards as a TensorFlow Dataset"
+    )
+    tfds_parser.add_argument(
+        "--input", required=True, help="folder with SPLIT.jsonl files and frames/, their shards"
+    )
+    tfds_parser.add_argument("--output", required=True, help="TFDS data_dir to build it in")
+    tfds_parser.add_argument(
+        "--frames", action="store_true", help="frames too, not only the names of media"
+    )
     for command in (check_parser, show_parser):
         command.add_argument("--config", required=True, metavar="FILE[:ARG]")
         command.epilog = "Any field of the config can be set: --config.data.length=4096"
     args, rest = parser.parse_known_args(argv)
+    if args.command == "tfds":
+        if rest:
+            parser.error(f"unknown arguments: {' '.join(rest)}")
+        return build_tfds(args.input, args.output, args.frames)
     experiment = load(args.config, parse_overrides(rest))
     unset = [f"--config.{n}=PATH" for n in unset_paths(experiment) if n.startswith("data.")]
     if unset:
@@ -147,3 +161,11 @@ def show(config: DataConfig, source: str | None, index: int, output: Path) -> No
     """Prints one sample's text and times, and writes its frames as a picture."""
     shown = data_show.show(config, source, index, output)
     console.print(shown, markup=False)
+
+
+def build_tfds(source: str, output: str, frames: bool) -> None:
+    """Builds the dataset and says by which path configs name it."""
+    from data_pipeline import tfds_video_conversations  # TFDS takes most of a second to import
+
+    folder = tfds_video_conversations.build(source, output, frames=frames)
+    console.print(f"built {folder}; sources name it tfds:{folder}@SPLIT")
