@@ -26,7 +26,7 @@ def write_big_vision(path: Path, part: Part, dtype: str | None, *, scan: bool) -
     if name not in known:
         kind = rules.__name__.rpartition(".")[2]
         raise ValueError(f"big_vision has no {kind}; --to big_vision takes siglip and siglip2")
-    write_npz(path, to_dialect(cast(part.tensors, dtype), known[name]))
+    write_npz(path, cast(to_dialect(part.tensors, known[name]), dtype))
 
 
 def cast(source: Source, dtype: str | None) -> Source:

@@ -19,7 +19,7 @@ import numpy as np
 
 Index = tuple[slice, ...]  # of the leading axes; () is everything
 
-BLOCK_BYTES = 16 << 20  # what is in memory of a tensor that only passes through
+BLOCK_BYTES = 4 << 20  # what is in memory of a tensor that only passes through
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,10 @@ ENCODERS, PREDICTOR = ("target_encoder", "encoder"), "predictor"  # V-JEPA's: th
 
 
 class TorchTensors:
-    """Tensors that torch mapped into memory."""
+    """Tensors that torch mapped into memory; read from the file where it says what lies where.
+
+    What is read through a mapping stays resident, file by file the whole checkpoint.
+    """
 
     def __init__(self, path: Path, tensors: dict[str, Any]):
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -213,8 +216,17 @@ class TorchTensors:
             name: Stored(path.name, tuple(t.shape), str(t.dtype).removeprefix("torch."))
             for name, t in self._tensors.items()
         }
+        mapped = _mappings(path)
+        places = {name: _place(t, mapped) for name, t in self._tensors.items()}
+        extents = {name: Extent(path, at) for name, at in places.items() if at is not None}
+        self._files = RawFiles({name: self.stored[name] for name in extents}, extents)
+
+    def extent(self, name: str) -> Extent | None:
+        return self._files.extents.get(name)
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
+        if name in self._files.stored:
+            return self._files.read(name, index)
         import torch  # pyright: ignore[reportMissingImports]
 
         tensor = self._tensors[name]
@@ -222,6 +234,29 @@ class TorchTensors:
         if tensor.dtype == torch.bfloat16:
             return tensor.contiguous().view(torch.int16).numpy().view("bfloat16").copy()
         return tensor.contiguous().numpy().copy()
+
+
+def _mappings(path: Path) -> list[tuple[int, int, int]]:
+    """(first address, address behind the last, offset in the file) of a file's mappings (Linux)."""
+    maps, found, real = Path("/proc/self/maps"), [], str(path.resolve())
+    for line in maps.read_text().splitlines() if maps.is_file() else []:
+        addresses, _, offset, _, _, *name = line.split(maxsplit=5)
+        if name == [real]:
+            first, behind = (int(address, 16) for address in addresses.split("-"))
+            found.append((first, behind, int(offset, 16)))
+    return found
+
+
+def _place(tensor: Any, mapped: list[tuple[int, int, int]]) -> int | None:
+    """Where in the file the bytes of a tensor lie in order, if they do."""
+    if not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    address = tensor.data_ptr()
+    size = tensor.numel() * tensor.element_size()
+    for first, behind, offset in mapped:
+        if first <= address and address + size <= behind:
+            return address - first + offset
+    return None
 
 
 def open_torch(path: Path, key: str = "") -> tuple[Source, dict[str, str]]:

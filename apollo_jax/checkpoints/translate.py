@@ -133,7 +133,9 @@ class Translated:
             return
         whole = piece.read(self.source)
         for rows in row_slices(shape, nbytes):
-            yield whole[rows] if shape else whole
+            yield np.array(
+                whole[rows] if shape else whole, order="C"
+            )  # a view would keep all of it alive
 
 
 # ---- our parameters <-> published tensors

@@ -33,8 +33,8 @@ from apollo_jax.checkpoints.sources import (
     Index,
     Source,
     Stored,
+    blocks,
     concrete,
-    row_slices,
 )
 from apollo_jax.checkpoints.translate import Arrays, Renamed, is_float
 from apollo_jax.config import from_dict
@@ -59,8 +59,28 @@ class OrbaxArrays:
         }
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        array = self._arrays[name]
-        return np.asarray(array[concrete(index, tuple(array.shape))].read().result())
+        stored = self.stored[name]
+        full = concrete(index, stored.shape)
+        out = np.empty(tuple(s.stop - s.start for s in full), stored.dtype)
+        self._fill(out, name, full)
+        return out
+
+    def _fill(self, out: np.ndarray, name: str, index: Index) -> None:
+        """Read into `out` few chunks at a time: each is held twice while it is decoded."""
+        chunks = self.chunks(name)
+        wide = (a for a, (n, chunk) in enumerate(zip(out.shape, chunks, strict=True)) if n > chunk)
+        axis = next(wide, None)
+        if out.nbytes <= BLOCK_BYTES or axis is None:
+            out[...] = self._arrays[name][index].read().result()
+            return
+        start, stop = index[axis].start, index[axis].stop
+        middle = (start + stop) // 2
+        middle -= middle % chunks[axis]
+        middle = middle if middle > start else start - start % chunks[axis] + chunks[axis]
+        before = (slice(None),) * axis
+        for part in (slice(start, middle), slice(middle, stop)):
+            inner = out[*before, slice(part.start - start, part.stop - start)]
+            self._fill(inner, name, (*index[:axis], part, *index[axis + 1 :]))
 
     def chunks(self, name: str) -> tuple[int, ...]:
         """The shape of the pieces in which a tensor is stored, each of them read as a whole."""
@@ -90,11 +110,33 @@ def write_arrays(path: Path, source: Source) -> None:
         )
         spec = _spec(path.absolute(), name) | dict(metadata=metadata)
         array = ts.open(spec, create=True, delete_existing=True).result()
-        if not stored.shape:
+        if stored.nbytes <= BLOCK_BYTES:
             array.write(source.read(name)).result()
-            continue
-        for rows in row_slices(stored.shape, stored.nbytes):
-            array[rows].write(source.read(name, (rows,))).result()
+        else:
+            _write_chunks(array, source, name, metadata["chunks"])
+
+
+def _write_chunks(array: Any, source: Source, name: str, chunks: list[int]) -> None:
+    """Write a large tensor, which comes in order, by rows of whole chunks: none is written twice.
+
+    Chunks are 1 along the axes before `axis`, and whole along those behind it.
+    """
+    stored = source.stored[name]
+    axis = next(a for a in range(len(chunks)) if stored.shape[a + 1 :] == tuple(chunks[a + 1 :]))
+    outer, count, rest = stored.shape[:axis], stored.shape[axis], stored.shape[axis + 1 :]
+    buffer, first, filled = np.empty((chunks[axis], *rest), stored.dtype), 0, 0
+    for block in blocks(source, name):
+        rows = block.reshape(-1, *rest)
+        while len(rows):
+            wanted = min(chunks[axis], count - first % count)  # the last of each is shorter
+            take = min(wanted - filled, len(rows))
+            buffer[filled : filled + take] = rows[:take]
+            rows, filled = rows[take:], filled + take
+            if filled == wanted:
+                at = tuple(map(int, np.unravel_index(first // count, outer))) if outer else ()
+                start = first % count
+                array[*at, start : start + filled].write(buffer[:filled]).result()
+                first, filled = first + filled, 0
 
 
 def _spec(path: Path, name: str) -> dict[str, Any]:

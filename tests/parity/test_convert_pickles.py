@@ -210,6 +210,7 @@ def openai(tmp_path) -> tuple[dict, dict[str, np.ndarray]]:
     arrays |= {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     save_file({n: np.array(a) for n, a in arrays.items()}, tmp_path / "hub" / "model.safetensors")
     part = open_checkpoint(tmp_path / "hub").parts[""]
+    assert isinstance(part.config, clip.Config)
     [dialect] = clip.dialects(part.config, part.published_config)
     view = to_dialect(part.tensors, dialect)
     return tensors({name: view.read(name) for name in view.stored}), arrays

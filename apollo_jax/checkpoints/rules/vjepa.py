@@ -108,7 +108,10 @@ def recognise(shapes: Mapping[str, Shape], said: dict[str, Any]) -> dict[str, An
         return None
     if said.get("model_type") == "vjepa2":  # an older file of its, with a table it has no use for
         return None
-    tokens, told = shapes[f"{stem}pos_embed"][1], said.keys() & {"num_frames", "model_type"}
+    tokens, told = (
+        shapes[f"{stem}pos_embed"][1],
+        said.keys() & {"num_frames", "num_heads", "model_type"},
+    )
     if stem == PUBLISHED and tokens not in TOKENS and not told:
         raise ValueError(
             f"a table of {tokens} positions is of no released V-JEPA; say what the file is with "
