@@ -6,7 +6,7 @@ B rows, L tokens, C clip slots per row, Q visual tokens per clip, D stream.
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ from apollo_jax.training.state import (
 from data_pipeline.batch import Batch
 
 Metrics = dict[str, jax.Array]
+# The old state's memory is reused: drop it.
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
 
@@ -62,6 +63,7 @@ class Program(NamedTuple):
     tx: optax.GradientTransformation
     train_step: TrainStep
     eval_step: EvalStep
+    lower: Callable[[Batch], jax.stages.Lowered]  # the train step, for a batch of shapes
 
 
 def build(experiment: Experiment, mesh: Mesh) -> Program:
@@ -72,18 +74,26 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     schedules = make_schedules(experiment.optimizer, train.num_steps)
     tx = make_optimizer(experiment.optimizer, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh)
-    step = make_train_step(graphdef, tx, schedules, train, abstract)
-    return Program(abstract, tx, step, make_eval_step(graphdef, train))
+    update = make_update(graphdef, tx, schedules, train, abstract)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (count, params, opt_state), metrics = update(_moving(state), state.frozen, batch)
+        return TrainState(count, params, state.frozen, opt_state), metrics
+
+    def lower(batch: Batch) -> jax.stages.Lowered:
+        return update.lower(_moving(abstract), abstract.frozen, batch)
+
+    return Program(abstract, tx, train_step, make_eval_step(graphdef, train), lower)
 
 
-def make_train_step(
+def make_update(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     schedules: Mapping[str, Schedule],
     train: TrainConfig,
     abstract: TrainState,
-) -> TrainStep:
-    """(state, batch) -> (state, metrics). The old state's memory is reused: drop it.
+) -> Any:
+    """Jitted (what moves, frozen, batch) -> (what moves, metrics); the old state's memory is reused.
 
     `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
     """
@@ -106,11 +116,7 @@ def make_train_step(
         params = optax.apply_updates(params, updates)
         return (count + 1, params, opt_state), metrics
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (count, params, opt_state), metrics = update(_moving(state), state.frozen, batch)
-        return TrainState(count, params, state.frozen, opt_state), metrics
-
-    return step
+    return update
 
 
 def _moving(state: TrainState) -> tuple:

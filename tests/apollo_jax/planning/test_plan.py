@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real compilation for TPUs, on this machine: the command as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("libtpu")
+
+OVERRIDES = {
+    "data.batch_size": "16",
+    "data.length": "256",
+    "data.clips": "4",
+}
+
+
+def run(folder, *arguments, config="configs/demo.py:sft", **overrides):
+    flags = [f"--config.{k}={v}" for k, v in (OVERRIDES | overrides).items()]
+    command = [sys.executable, "-m", "apollo_jax", "plan", "--config", config, *flags]
+    return subprocess.run(
+        [*command, *arguments, "--json", folder / "plan.json"], capture_output=True, text=True
+    )
+
+
+def test_the_real_step_is_compiled(tmp_path):
+    done = run(tmp_path, "--topology", "v5e:4x4", **{"mesh.data": "4", "mesh.fsdp": "4"})
+    assert done.returncode == 0, done.stderr
+    assert "16 chips, data 4 x fsdp 4 x tensor 1" in done.stdout
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert facts["fits"]
+    assert facts["memory"]["peak"] == sum(v for k, v in facts["memory"].items() if k != "peak")
+    assert 1.0 <= facts["executed_flops"] / facts["model_flops"] < 5  # heads of 12 are padded to 128
+    assert facts["kernel_flops"] > 0  # 256 queries: the decoder's attention is splash
+    assert not facts["kernels_not_counted"]
+    axes = {axis for c in facts["collectives"] for axis in c["axes"]}
+    assert axes == {"data", "fsdp"}
+    assert facts["bound"]["step_seconds"] > 0
+
+
+def test_what_does_not_fit_is_an_answer(tmp_path):
+    """Sixteen thousand rows of a toy: their activations exceed the chip."""
+    done = run(tmp_path, "--topology", "v5e:4x4", **{"data.batch_size": "262144"})
+    assert done.returncode == 1, done.stderr
+    assert "does not fit" in done.stdout
+    assert "data.batch_size" in done.stdout
+    facts = json.loads((tmp_path / "plan.json").read_text())
+    assert not facts["fits"]
+    assert facts["memory"]["temporaries"] > facts["hbm_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "overrides", "said"),
+    [
+        (("--topology", "v5e-250"), {}, "did you mean v5e-256"),
+        (("--topology", "v5e:4x4"), {"mesh.data": "3"}, "does not use exactly the 16 devices"),
+        (("--topology", "v5e:4x4"), {"data.batch_size": "12"}, "12 does not divide over the 16"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, overrides, said):
+    done = run(tmp_path, *arguments, **overrides)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of topologies."""
+
+import pytest
+
+from apollo_jax.planning.topology import SLICES, parse
+
+
+def test_names_and_counts():
+    assert parse("v5p:4x4x4").chips == 64
+    assert parse("v5p-128").shape == (4, 4, 4)  # v5p is rented by cores
+    assert parse("v5e-256").hosts == 64
+    two = parse("2*v5e:16x16")
+    assert (two.slices, two.chips) == (2, 512)
+    assert [parse(name).name for name in SLICES] == list(SLICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v7x:4x4x4", "is not CHIP:AxB"),
+        ("v5e-250", "did you mean v5e-256"),
+        ("v5e:4x4x4", "2 sides, as in v5e:4x4"),
+        ("v5p:4x4", "3 sides"),
+        ("v5e:0x4", "2 sides"),
+        ("x*v5e:4x4", "number of slices first"),
+        ("", "known: v5e-16"),
+    ],
+)
+def test_unknown_names(name, said):
+    with pytest.raises(ValueError, match=said.replace("*", r"\*")):
+        parse(name)
