@@ -34,7 +34,8 @@ def is_tar(path: str) -> bool:
 
 
 def index_tars(paths: Sequence[str]) -> Iterator[TarIndex]:
-    """In the order of `paths`; FileNotFoundError or OSError for a tar that cannot be opened."""
+    """In the order of `paths`; OSError for a tar that cannot be read, ValueError for a place that
+    gives whole files only."""
     with ThreadPoolExecutor(_TARS_AT_A_TIME) as pool:
         yield from pool.map(index_tar, paths)
 
@@ -57,6 +58,8 @@ def index_tar(path: str) -> TarIndex:
                     damage = f"no end after {len(members)} files: cut off or damaged"
                 else:
                     damage = ""
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read in parts: {error}") from None
         except tarfile.TarError as error:
             damage = f"{error} after {len(members)} files"
     return TarIndex([(name, *where) for name, where in members.items()], damage)

@@ -103,8 +103,8 @@ def is_file(path: str) -> bool:
 
 
 def open_file(path: str, chunk: int = _CHUNK, cache: str = "readahead") -> BinaryIO:
-    """For reading bytes. A remote file is asked for `chunk` bytes at a time; `cache` is fsspec's
-    way of keeping them ('none' = each read is one request)."""
+    """For reading bytes. A remote file is asked for `chunk` bytes at a time (0: on http a stream);
+    `cache` is fsspec's way of keeping them, 'none' = each read is one request."""
     if not is_remote(path):
         return open(path, "rb")
     opened = file_system(path).open(path, "rb", block_size=chunk, cache_type=cache)
@@ -119,12 +119,11 @@ def read_range(
     `waiting` is called while nothing comes. FileNotFoundError at once, OSError for a fault that
     lasts or after four more attempts in vain.
     """
-    done = failures = 0
+    done, failures, chunk = 0, 0, _CHUNK
     while True:
         try:
-            with open_file(path, cache="none") as file:
-                if start + done:
-                    file.seek(start + done)
+            with open_file(path, chunk, cache="none") as file:
+                _skip(file, start + done)
                 while piece := file.read(_CHUNK if size < 0 else min(_CHUNK, size - done)):
                     yield piece
                     done, failures = done + len(piece), 0
@@ -134,11 +133,22 @@ def read_range(
         except FileNotFoundError:
             raise
         except Exception as error:  # every storage has its own
+            if is_http(path) and chunk and isinstance(error, ValueError):
+                chunk = 0  # this server gives whole files only
+                continue
             if failures == len(_WAITS) or _lasts(error):
                 raise OSError(f"{type(error).__name__}: {error}") from error
         waiting()
         time.sleep(_WAITS[failures])
         failures += 1
+
+
+def _skip(file: BinaryIO, offset: int) -> None:
+    try:
+        file.seek(offset)
+    except ValueError:  # it is a stream
+        while offset and (piece := file.read(min(_CHUNK, offset))):
+            offset -= len(piece)
 
 
 def _lasts(error: Exception) -> bool:
