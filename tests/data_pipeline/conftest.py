@@ -181,6 +181,6 @@ class TinyData:
         return DataConfig(**(settings | changes))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_data(tmp_path: Path) -> TinyData:
     return TinyData(tmp_path)
