@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -105,7 +106,7 @@ def _check(config: DataConfig, num_steps: int) -> DataReport:
                 printed = time.monotonic()
                 print(f"{source}: {done:,} of {records:,} records", file=sys.stderr, flush=True)
 
-        return check(config, num_steps, tick)
+        return check(config, num_steps, processes=os.cpu_count() or 1, progress=tick)
 
 
 def _print(title: str, report: DataReport) -> None:
@@ -119,6 +120,12 @@ def _print(title: str, report: DataReport) -> None:
             )
             for example in examples:
                 console.print(f"  {example}", markup=False)
+    unkept = [name for name, source in report.sources.items() if not (source.kept or source.fault)]
+    if unkept:
+        console.print(
+            f"not kept for the loader: the sizes of {', '.join(unkept)}; config.data.sizes names a "
+            "folder for them"
+        )
     if not report.samples_per_row:
         return
     drawn = sum(source.drawn for source in report.sources.values())

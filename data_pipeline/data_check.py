@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a data config will give a run, found out from lengths alone: nothing is decoded.
 
-Every record of every source is made into a sample as the loader would, n records to a source.
+Every record of every source is made into a sample as the loader would, once: see sizes.py.
 """
 
 import functools
@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.loader import WINDOW, DataConfig, sample_maker
-from data_pipeline.mixture import Mixture
+from data_pipeline.annotations import Record
+from data_pipeline.data_config import DataConfig, sample_maker
+from data_pipeline.loader import WINDOW
+from data_pipeline.mixture import Mixture, draw_weights
 from data_pipeline.packing import Plan
-from data_pipeline.samples import FAULTY, MISSING, OUTCOMES, TRIMMED, WHOLE, SampleMaker, Unusable
-from data_pipeline.sources import Source, open_source
+from data_pipeline.samples import MISSING, OUTCOMES, WHOLE, SampleMaker, Unusable
+from data_pipeline.sizes import CLIPS, OUTCOME, TOKENS, compute, folder, open_measured
+from data_pipeline.sources import Source
 
 EXAMPLES = 5  # shown of every problem
 _ROWS_PACKED = 2048  # at most, to foresee a run's rows
@@ -44,6 +47,7 @@ class SourceReport:
     examples: dict[str, list[str]] = field(default_factory=dict)  # of every outcome but 'whole'
     drawn: float = 0.0  # samples in the run
     epochs: float = 0.0
+    kept: str = ""  # folder of its table of sizes
 
     @property
     def dropped(self) -> int:
@@ -86,99 +90,108 @@ class DataReport:
 
 
 def check(
-    config: DataConfig, num_steps: int, tick: Callable[[str, int, int], None] = lambda *_: None
+    config: DataConfig,
+    num_steps: int,
+    *,
+    processes: int = 1,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> DataReport:
-    """Measures every record; `tick` hears (source, records done, records in all).
+    """Measures what is not measured yet, with `processes`, and leaves the tables for the loader.
 
-    Raises ValueError or FileNotFoundError for shards or a tokenizer that cannot be read; what is
-    wrong with a source or a record is in the report.
+    `progress` hears (source, records done, records in all). Raises ValueError or FileNotFoundError
+    for shards, a tokenizer or a folder for the tables that cannot be used; what is wrong with a
+    source or a record is in the report.
     """
     maker = sample_maker(config)
     reports: dict[str, SourceReport] = {}
-    sizes: dict[str, np.ndarray] = {}
+    tables: dict[str, np.ndarray] = {}
     for name, settings in config.sources.items():
         report = reports[name] = SourceReport(settings.path, settings.weight)
+        told = functools.partial(progress, name)
         try:
-            source = open_source(settings)
+            tables[name] = compute(config, name, processes=processes, progress=told)
         except (ValueError, FileNotFoundError) as error:
             report.fault = str(error)
             continue
-        report.records = len(source)
-        sizes[name] = _measure_source(source, maker, report, functools.partial(tick, name))
+        except OSError as error:
+            raise ValueError(f"source {name!r}: {error}; {_ELSEWHERE}") from error
+        report.kept = str(folder(settings, config.sizes) or "")
+        source, _ = open_measured(settings, maker, config.sizes)
+        _describe(report, tables[name], source, maker)
     found = DataReport(reports, num_steps * config.batch_size, config.max_bad_share)
-    if sizes and any(size.any() for size in sizes.values()):
-        _foresee(found, sizes, config)
+    if any(table[:, TOKENS].any() for table in tables.values()):
+        _foresee(found, tables, config)
     return found
 
 
-def _measure_source(
-    source: Source, maker: SampleMaker, report: SourceReport, tick: Callable[[int, int], None]
-) -> np.ndarray:
-    """(tokens, clips) i32[n, 2] of the samples, (0, 0) for what is dropped; fills the report."""
-    sizes = np.zeros((len(source), 2), np.int32)
-    for index in range(len(source)):
-        tick(index + 1, len(source))
-        outcome, detail = WHOLE, ""
-        try:
-            sample = maker.make(source[index])
-        except (ValueError, OSError) as error:
-            outcome = error.outcome if isinstance(error, Unusable) else FAULTY
-            detail = f"{_id(source, index)}: {error}"
-        else:
-            sizes[index] = len(sample.text.tokens), sample.clips
-            report.hours += sample.seconds / 3600
-            if sample.trimmed:
-                outcome = TRIMMED
-                detail = f"{sample.id}: {len(sample.text.tokens)} tokens, {sample.clips} clips left"
-        name = OUTCOMES[outcome]
-        report.outcomes[name] = report.outcomes.get(name, 0) + 1
-        if detail and report.outcomes[name] <= EXAMPLES:
-            hint = _near(source, index, maker) if outcome == MISSING else ""
-            report.examples.setdefault(name, []).append(detail + hint)
-    report.tokens, report.clips = sizes.sum(0, dtype=np.int64).tolist()
-    return sizes
+_ELSEWHERE = "tables of sizes are kept there, or in the folder that config.data.sizes names"
 
 
-def _id(source: Source, index: int) -> str:
+def _describe(report: SourceReport, table: np.ndarray, source: Source, maker: SampleMaker) -> None:
+    report.records = len(table)
+    report.tokens, report.clips, seconds = table[:, :OUTCOME].sum(0, dtype=np.int64).tolist()
+    report.hours = seconds / 3600
+    for outcome, name in enumerate(OUTCOMES):
+        of_it = np.flatnonzero(table[:, OUTCOME] == outcome)
+        if len(of_it):
+            report.outcomes[name] = len(of_it)
+        if len(of_it) and outcome != WHOLE:
+            report.examples[name] = [_why(source, i, maker) for i in of_it[:EXAMPLES].tolist()]
+
+
+def _why(source: Source, index: int, maker: SampleMaker) -> str:
+    """Which record it is and what became of it."""
+    record_id = f"record {index}"
     try:
-        return source[index].id
-    except (ValueError, OSError):
-        return f"record {index}"
+        record = source[index]
+        record_id = record.id
+        sample = maker.make(record)
+    except ValueError as error:
+        missing = isinstance(error, Unusable) and error.outcome == MISSING
+        hint = _near(source[index], maker) if missing else ""
+        return f"{record_id}: {error}{hint}"
+    return f"{record_id}: {len(sample.text.tokens)} tokens and {sample.clips} clips are left"
 
 
-def _near(source: Source, index: int, maker: SampleMaker) -> str:
+def _near(record: Record, maker: SampleMaker) -> str:
     """A stored name like the record's absent one, for the message."""
-    absent = next(m.id for m in source[index].media if m.id not in maker)
+    absent = next(m.id for m in record.media if m.id not in maker)
     names = (absent, PurePosixPath(absent).name.lower())  # the folder is what mostly differs
     near = next(filter(None, (s.index.near(name) for name in names for s in maker.shards)), "")
     return f"; did you mean {near!r}?" if near else ""
 
 
-def _foresee(report: DataReport, sizes: dict[str, np.ndarray], config: DataConfig) -> None:
+def _foresee(report: DataReport, tables: dict[str, np.ndarray], config: DataConfig) -> None:
     """Packs the run's first rows as the loader will: fill rates, and the whole run's epochs."""
-    weights = {name: config.sources[name].weight for name in sizes}
-    lengths = {name: len(size) for name, size in sizes.items()}
-    block = min(WINDOW, sum(lengths.values()))
-    mixture = Mixture(lengths, weights, seed=config.seed, block=block)
-    tables = list(sizes.values())
+    records = {name: len(table) for name, table in tables.items()}
+    weights = {name: config.sources[name].weight for name in tables}
+    tokens = {name: table[:, TOKENS] for name, table in tables.items()}
+    drawn = draw_weights(weights, config.weight_by, tokens)
+    block = min(WINDOW, sum(records.values()))
+    mixture = Mixture(records, drawn, seed=config.seed, block=block)
+    sizes = [table[:, : CLIPS + 1] for table in tables.values()]
 
     def sizes_of(draws: np.ndarray) -> np.ndarray:
-        return np.array([tables[source][record] for source, record in draws.tolist()])
+        found = np.empty((len(draws), 2), np.int32)
+        for source, table in enumerate(sizes):
+            mine = draws[:, 0] == source
+            found[mine] = table[draws[mine, 1]]
+        return found
 
     plan = Plan(mixture, sizes_of, config.length, config.clips, seed=config.seed)
     rows, _ = plan.rows(0, min(report.rows, _ROWS_PACKED))
     draws = np.array([draw for row in rows for draw in row])
-    packed = sizes_of(draws)
+    used = sizes_of(draws).sum(0).tolist()
     report.samples_per_row = len(draws) / len(rows)
-    report.fill_tokens = packed[:, 0].sum() / (len(rows) * config.length)
-    report.fill_clips = packed[:, 1].sum() / max(len(rows) * config.clips, 1)
-    for number, (name, size) in enumerate(sizes.items()):
-        share = (draws[:, 0] == number).mean()
+    report.fill_tokens = used[TOKENS] / (len(rows) * config.length)
+    report.fill_clips = used[CLIPS] / max(len(rows) * config.clips, 1)
+    for number, name in enumerate(tables):
+        share = float((draws[:, 0] == number).mean())
         report.sources[name].drawn = share * report.samples_per_row * report.rows
-        report.sources[name].epochs = report.sources[name].drawn / len(size)
-    used = np.concatenate([size[size.any(axis=1)] for size in tables])
-    report.tokens_histogram = _histogram(used[:, 0], config.length)
-    report.clips_histogram = _histogram(used[:, 1], config.clips)
+        report.sources[name].epochs = report.sources[name].drawn / records[name]
+    whole = np.concatenate([size[size.any(axis=1)] for size in sizes])
+    report.tokens_histogram = _histogram(whole[:, TOKENS], config.length)
+    report.clips_histogram = _histogram(whole[:, CLIPS], config.clips)
 
 
 def _histogram(values: np.ndarray, largest: int) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 """`apollo-jax data`, as a user runs it: reports, exit codes, pictures."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from PIL import Image
 
 from apollo_jax import data
+from apollo_jax.config import load
+from data_pipeline.data_config import sample_maker
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.sizes import open_measured
 
 LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"
 SPEC = ShardSpec(fps=2.0, size=32)
@@ -64,9 +68,19 @@ def root(tmp_path: Path) -> Path:
 
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """As a user would."""
     command = [sys.executable, "-m", "apollo_jax", "data", *arguments]
     config = ["--config", f"{root / 'conf.py'}:{root}"]
     return subprocess.run([*command, *config], capture_output=True, text=True)
+
+
+def call(root: Path, *arguments: str) -> int:
+    """The same without a process of its own; the exit code."""
+    try:
+        data.main([*arguments, "--config", f"{root / 'conf.py'}:{root}"])
+    except SystemExit as exit:
+        return int(exit.code or 0)
+    return 0
 
 
 def test_sound_data_pass_and_are_described(root):
@@ -91,24 +105,58 @@ def test_sound_data_pass_and_are_described(root):
     assert "q5: " in done.stdout
 
 
-def test_what_would_stop_a_run_is_named_and_fails(root):
+def test_what_was_measured_is_kept_for_the_loader(root, capsys):
+    experiment = load(f"{root / 'conf.py'}:{root}")
+    maker, settings = sample_maker(experiment.data), experiment.data.sources["videos"]
+    assert open_measured(settings, maker)[1] is None
+    assert call(root, "check") == 0
+    table = open_measured(settings, maker)[1]
+    assert table is not None
+    assert table[:, 1].tolist() == [1, 2, 3, 4, 4, 4]
+    first = capsys.readouterr().out
+    assert call(root, "check") == 0
+    assert capsys.readouterr().out == first
+    with pytest.raises(ValueError, match=r"conf\.py.*; tables of sizes are kept there, or in"):
+        call(root, "check", f"--config.data.sizes={root / 'conf.py'}")
+
+
+def test_what_would_stop_a_run_is_named_and_fails(root, capsys):
     bad = [asked("lost", "?", video="videos/v3.MP4"), asked("kind", "?", image="v1.mp4")]
     write(root / "videos.jsonl", [*bad, asked("q", "?", video="v0.mp4")])
-    done = run(root, "check")
-    assert done.returncode == 1
-    assert "fails: source 'videos': 2 of 3 records would be dropped" in done.stdout
-    assert "lost: video 'videos/v3.MP4' is not in the frame shards; did you mean 'v3.mp4'?" in (
-        done.stdout
-    )
-    assert "kind: 'v1.mp4' is named as image, but the shards hold a video" in done.stdout
+    assert call(root, "check") == 1
+    out = capsys.readouterr().out
+    assert "fails: source 'videos': 2 of 3 records would be dropped" in out
+    near = "lost: video 'videos/v3.MP4' is not in the frame shards; did you mean 'v3.mp4'?"
+    assert near in out
+    assert "kind: 'v1.mp4' is named as image, but the shards hold a video" in out
+    assert call(root, "check", "--config.data.max_bad_share=0.7") == 0
+    capsys.readouterr()
     write(root / "texts.jsonl", [{"question": "<image>"}])
-    done = run(root, "check")
-    assert done.returncode == 1
-    assert "fails: source 'texts': 1 faulty records in" in done.stdout
-    assert "texts.jsonl:1: no 'conversations'" in done.stdout
+    assert call(root, "check", "--config.data.max_bad_share=0.7") == 1
+    out = capsys.readouterr().out
+    assert "fails: source 'texts': 1 faulty records in" in out
+    assert "texts.jsonl:1: no 'conversations'" in out
 
 
-def test_a_sample_is_shown_with_a_picture_of_its_frames(root):
+def test_conversations_become_a_tfds_dataset_that_a_config_names(root, capsys):
+    (root / "in").mkdir()
+    (root / "shards").rename(root / "in" / "frames")
+    (root / "videos.jsonl").rename(root / "in" / "train.jsonl")
+    data.main(["tfds", "--input", str(root / "in"), "--output", str(root / "out"), "--frames"])
+    name = re.search(r"sources name it (\S+)@SPLIT", capsys.readouterr().out)
+    assert name is not None
+    changed = [f"--config.data.sources.videos.path={name[1]}@train", "--config.data.frames="]
+    assert call(root, "check", *changed) == 0
+    out = capsys.readouterr().out
+    assert "2 of 6 records (33.33%) lose clips" in out
+    assert "not kept for the loader: the sizes of videos; config.data.sizes names a folder" in out
+    picture = root / "s.png"
+    assert call(root, "show", "--output", str(picture), *changed) == 0
+    with Image.open(picture) as sheet:
+        assert sheet.size == (4 * 32, 4 * 32)
+
+
+def test_a_sample_is_shown_with_a_picture_of_its_frames(root, capsys):
     picture = root / "out" / "s.png"
     done = run(root, "show", "--index", "5", "--output", str(picture))
     assert (done.returncode, done.stderr) == (0, "")
@@ -117,12 +165,13 @@ def test_a_sample_is_shown_with_a_picture_of_its_frames(root):
     assert "video v5.mp4, 24x32, 12.0 s; clips at 0." in done.stdout
     assert "[8 visual tokens]" in done.stdout
     assert done.stdout.count("«Yes.<|im_end|>»") == 1
-    sheet = np.asarray(Image.open(picture))
+    with Image.open(picture) as image:
+        sheet = np.asarray(image)
     assert sheet.shape == (4 * 32, 4 * 32, 3)
     assert (np.abs(sheet[:, 16].astype(int) - 200) < 4).all()
     assert not sheet[:, :4].any()
-    done = run(root, "show", "--source", "texts", "--output", str(picture))
-    assert "«Once upon a time. <|endoftext|>»" in done.stdout
+    assert call(root, "show", "--source", "texts", "--output", str(picture)) == 0
+    assert "«Once upon a time. <|endoftext|>»" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -137,7 +186,7 @@ def test_a_sample_is_shown_with_a_picture_of_its_frames(root):
 )
 def test_mistakes_say_what_and_where(root, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        data.main([*arguments, "--config", f"{root / 'conf.py'}:{root}"])
+        call(root, *arguments)
 
 
 def test_a_mistake_is_one_line(root):
