@@ -13,7 +13,6 @@ the device puts the encoder's padding colour there (`apollo_jax.models.pixels`).
 
 import math
 
-import cv2
 import numpy as np
 import simplejpeg
 
@@ -86,17 +85,6 @@ def draw_jpeg(jpeg: memoryview | bytes, picture: Picture) -> None:
         raise ValueError(f"JPEG of {whole.shape} where {target.shape} was stored")
     if not target.flags.c_contiguous:
         target[:] = whole
-
-
-def draw_rgb(rgb: np.ndarray, picture: Picture) -> None:
-    """Draws u8[h, w, 3]; for planes h and w are even, and chroma is the mean of 2 x 2 pixels."""
-    if len(picture) == 1:
-        picture[0][:] = rgb
-        return
-    luma, red, blue = cv2.split(cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb))
-    picture[0][:] = luma
-    for plane, full in zip(picture[1:], (blue, red), strict=True):
-        plane[:] = cv2.resize(full, plane.shape[::-1], interpolation=cv2.INTER_AREA)
 
 
 def copy_picture(source: Picture, target: Picture) -> None:

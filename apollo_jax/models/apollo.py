@@ -149,12 +149,13 @@ class Apollo(nnx.Module):
 
     def encode_clips(
         self,
-        frames: UInt8[Array, "N F S S 3"],
+        frames: UInt8[Array, "N F S S 3"] | UInt8[Array, "N F P"],
         geometry: Int[Array, "N 4"],
         *,
         remat: str = "none",
     ) -> Float[Array, "N Q D"]:
-        """uint8 canvases of N clips to visual tokens (the device pixel path)."""
+        """uint8 canvases of N clips, RGB or planes, to visual tokens (the device pixel path)."""
+        frames = pixels.to_rgb(frames, geometry)
         prepared = {
             name: pixels.prepare(frames, geometry, tower.frame_spec)
             for name, tower in self.config.towers.items()

@@ -87,25 +87,6 @@ def test_both_decoders_agree(monkeypatch):
     np.testing.assert_array_equal(*drawn)
 
 
-@pytest.mark.parametrize("layout", canvas.LAYOUTS)
-def test_rgb_is_drawn_in_either_layout(layout):
-    frames = empty_batch(1, 8, 1, 4, 64, layout).frames[0]
-    _, pictures = canvas.open_pictures(frames, 36, 64)
-    picture = picture_of(36, 64)
-    views = tuple(p[0, 2] for p in pictures)
-    canvas.draw_rgb(picture, views)
-    if layout == "rgb":
-        np.testing.assert_array_equal(views[0], picture)
-        return
-    y, cb, cr = (v.astype(float) for v in views)
-    exact = picture @ np.array([0.299, 0.587, 0.114])
-    assert np.abs(y - exact).max() <= 1
-    means = picture.reshape(18, 2, 32, 2, 3).mean((1, 3))
-    grey = exact.reshape(18, 2, 32, 2).mean((1, 3))
-    assert np.abs(cb - 128 - (means[..., 2] - grey) / 1.772).max() <= 1.5
-    assert np.abs(cr - 128 - (means[..., 0] - grey) / 1.402).max() <= 1.5
-
-
 def test_layouts_are_told_by_their_shape():
     assert canvas.side(empty_batch(1, 8, 1, 4, 64).frames[0]) == 64
     assert canvas.side(empty_batch(1, 8, 1, 4, 64, "yuv420").frames[0]) == 64
