@@ -58,7 +58,7 @@ class TrainConfig:
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
     remat: Literal["none", "dots", "full"] = "none"
-    loss_chunk: int = 0  # positions whose logits exist at a time; 0 = all
+    loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints

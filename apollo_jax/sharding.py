@@ -143,10 +143,15 @@ def per_device(
     return mapped(*arrays)
 
 
+def ways(name: str) -> int:
+    """Into how many parts the mesh in use splits an axis of this logical name."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else _ways(spec(name)[0], mesh)
+
+
 def divides(size: int, name: str | None) -> bool:
     """Whether the mesh in use splits an axis of this size and logical name evenly."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or size % _ways(spec(name)[0], mesh) == 0
+    return name is None or size % ways(name) == 0
 
 
 def _dividing(shape: tuple[int, ...], partition: P, mesh: AbstractMesh) -> P:

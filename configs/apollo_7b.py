@@ -59,7 +59,7 @@ STAGES: dict[str, dict[str, Any]] = {
         rows=64,  # ours: about four samples to a row
         length=16_384,  # the released model_max_length
         clips=112,  # ours: what fits that length at 128 tokens and a timestamp per clip
-        loss_chunk=2048,
+        loss_chunk=1024,
     ),
 }
 

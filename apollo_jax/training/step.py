@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from apollo_jax import sharding
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.training import losses, stages
@@ -51,9 +52,14 @@ def batch_sums(model: Apollo, batch: Batch, train: TrainConfig) -> losses.Sums:
         segment_ids=x.segment_ids,
         remat=train.remat,
     )
-    return losses.cross_entropy(
-        hidden, model.llm.unembed, x.targets, x.loss_weights, train.loss_chunk
-    )
+    chunk = _positions_per_row(train.loss_chunk, rows, x.tokens.shape[1])
+    return losses.cross_entropy(hidden, model.llm.unembed, x.targets, x.loss_weights, chunk)
+
+
+def _positions_per_row(chunk: int, rows: int, length: int) -> int:
+    """The part of each row whose logits exist at once, when a device may hold `chunk` positions."""
+    most = chunk // max(1, rows // sharding.ways("batch"))
+    return next((n for n in range(min(most, length), 0, -1) if length % n == 0), min(chunk, 1))
 
 
 class Program(NamedTuple):
@@ -93,7 +99,7 @@ def make_update(
     train: TrainConfig,
     abstract: TrainState,
 ) -> Any:
-    """Jitted (what moves, frozen, batch) -> (what moves, metrics); the old state's memory is reused.
+    """Jitted (what moves, frozen, batch) -> (what moves, metrics); what moved is overwritten.
 
     `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
     """
