@@ -1,12 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes frame shards: data_pipeline/frame_shards.py describes the format and reads it."""
+"""Writes frame shards: data_pipeline/frame_shards.py describes the format and reads it.
+
+A shard is one ArrayRecord file and one JSON sidecar that says what is in it; the sidecar comes
+last, so a shard counts as finished when it exists. `write_manifest` makes a set of finished shards
+readable. Each of these steps may be done by any process, twice, or be interrupted.
+"""
 
 import hashlib
 import io
 import json
 import os
+import uuid
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,24 +23,150 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipeline.frame_shards import INDEX_DTYPES, MAGIC, MediaInfo, ShardSpec
 
+MANIFEST_VERSION = 1  # grows when a reader of the old version could not read the new one
 _MAX_SHARD_MEDIA = 4096  # bounds the work an interrupted job repeats when media are tiny
+_PER_SHARD = ("file", "records", "bytes", "sha256")  # of a sidecar, repeated in the manifest
+
+
+def temporary_path(path: Path) -> Path:
+    """Beside `path`, of a name that no other process uses."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Either the old file or the whole new one, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    """Either the old file or the whole new one, even after a power cut or with two writers."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def shard_path(directory: Path, number: int, suffix: str) -> Path:
+    """`suffix` 'array_record' or 'json'."""
+    return directory / f"frames-{number:05d}.{suffix}"
+
+
+class ShardFile:
+    """One shard in the making; nothing is visible before `commit`."""
+
+    def __init__(self, directory: Path, number: int):
+        self.path = shard_path(directory, number, "array_record")
+        self.sidecar = shard_path(directory, number, "json")
+        self.media: list[dict[str, Any]] = []
+        self.rejected: list[dict[str, str]] = []
+        self.records = self.bytes = 0
+        self._writer = None
+        self._temporary = temporary_path(self.path)
+
+    def add(self, info: MediaInfo, records: Iterable[bytes], **facts: Any) -> None:
+        """Stores one medium; `facts` go to its entry in the sidecar."""
+        if self._writer is None:
+            self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
+        self.media.append({**asdict(info), "record": self.records, **facts})
+        for record in records:
+            self._writer.write(record)
+            self.records += 1
+            self.bytes += len(record)
+
+    def reject(self, media_id: str, reason: str, detail: str) -> None:
+        """Notes a medium that could not be stored."""
+        self.rejected.append({"id": media_id, "reason": reason, "detail": detail})
+
+    def commit(self, **facts: Any) -> dict[str, Any]:
+        """Makes the shard a finished one; returns its sidecar, `facts` included."""
+        shard: dict[str, Any] = {"file": None, "records": self.records, "bytes": 0, "sha256": None}
+        try:
+            if self._writer is not None:
+                self._writer.close()
+                with self._temporary.open("rb+") as f:
+                    os.fsync(f.fileno())
+                    shard["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
+                    shard["bytes"] = f.tell()
+                self._temporary.replace(self.path)
+                shard["file"] = self.path.name
+        finally:
+            self.discard()
+        shard |= {**facts, "media": self.media, "rejected": self.rejected}
+        write_atomic(self.sidecar, json.dumps(shard).encode())
+        return shard
+
+    def discard(self) -> None:
+        """Leaves no file behind."""
+        if self._writer is not None and self._writer.is_open():
+            with suppress(RuntimeError):  # a full disk; the file is not wanted any more
+                self._writer.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_manifest(
+    directory: Path, spec: ShardSpec, sidecars: Iterable[dict[str, Any]], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Index and manifest of all finished shards, in order; returns the manifest.
+
+    `facts` are added to the manifest. ValueError if nothing was stored.
+    """
+    ids, shards, reasons = [], [], Counter()
+    dtypes = {**INDEX_DTYPES, "is_video": np.bool_}
+    columns = {name: [np.empty(0, dtype)] for name, dtype in dtypes.items()}
+    sources, source_bytes = hashlib.sha256(), 0
+    for number, sidecar in enumerate(sidecars):
+        shards.append({k: sidecar[k] for k in _PER_SHARD} | {"media": len(sidecar["media"])})
+        reasons.update(entry["reason"] for entry in sidecar["rejected"])
+        rows = [{**m, "shard": number, "is_video": m["kind"] == "video"} for m in sidecar["media"]]
+        for name, dtype in dtypes.items():
+            columns[name].append(np.array([row[name] for row in rows], dtype))
+        for row in rows:
+            ids.append(row["id"])
+            source_bytes += row.get("source_bytes", 0)
+            sources.update(f"{row.get('source_sha256')} {row['id']}\0".encode())
+    rejected = dict(reasons.most_common())
+    if not ids:
+        raise ValueError(f"{directory}: nothing to store, all media were rejected: {rejected}")
+    arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+    # NUL cannot occur in a path, so it separates the names.
+    arrays["ids"] = np.frombuffer("\0".join(ids).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    index = buffer.getvalue()
+    write_atomic(directory / "index.npz", index)
+    manifest = {
+        "format": MAGIC.decode(),
+        "version": MANIFEST_VERSION,
+        "spec": asdict(spec),
+        "media": len(ids),
+        "videos": int(arrays["is_video"].sum()),
+        "frames": int(arrays["stored_frames"].sum()),
+        "seconds": round(float(arrays["duration"].sum()), 3),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "rejected": rejected,
+        "source_bytes": source_bytes,
+        "sources_sha256": sources.hexdigest(),  # over "sha256 id\0" of every stored medium
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        **facts,
+        "shards": shards,
+    }
+    write_atomic(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
+    return manifest
+
+
+def write_quarantine(directory: Path, sidecars: Iterable[dict[str, Any]]) -> None:
+    """`quarantine.jsonl`: all rejected media, one JSON object with id, reason, detail a line."""
+    entries = (entry for sidecar in sidecars for entry in sidecar["rejected"])
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    write_atomic(directory / "quarantine.jsonl", "".join(lines).encode())
 
 
 class FrameShardWriter:
-    """Appends media to shards; every finished shard survives a crash.
+    """Appends media to shards of about `shard_bytes`; every finished shard survives a crash.
 
     Opening a directory again continues after its last finished shard: `finished` media (stored or
-    rejected, in the order they were given) need not be given again.
+    rejected, in the order they were given) need not be given again. For one process; large jobs
+    plan their shards beforehand (predecode_plan.py).
     """
 
     def __init__(self, directory: str | Path, spec: ShardSpec, shard_bytes: int = 256 << 20):
@@ -41,27 +174,15 @@ class FrameShardWriter:
         if (self.directory / "manifest.json").exists():
             raise FileExistsError(f"{self.directory} is a complete set of frame shards already")
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._shards = []
-        while (sidecar := self._path(len(self._shards), "json")).exists():
+        self._shards: list[dict[str, Any]] = []
+        while (sidecar := shard_path(self.directory, len(self._shards), "json")).exists():
             self._shards.append(json.loads(sidecar.read_text()))
         self._ids = {row["id"] for shard in self._shards for row in shard["media"]}
-        self._open_shard()
+        self._open = ShardFile(self.directory, len(self._shards))
 
     @property
     def finished(self) -> int:
         return sum(len(shard["media"]) + len(shard["rejected"]) for shard in self._shards)
-
-    @property
-    def rejected(self) -> list[dict[str, str]]:
-        shards = [*self._shards, {"rejected": self._rejected}]
-        return [entry for shard in shards for entry in shard["rejected"]]
-
-    def _path(self, shard: int, suffix: str) -> Path:
-        return self.directory / f"frames-{shard:05d}.{suffix}"
-
-    def _open_shard(self) -> None:
-        self._media, self._rejected, self._records, self._bytes = [], [], 0, 0
-        self._writer = None
 
     def add(
         self, info: MediaInfo, records: Sequence[bytes], notes: dict[str, str] | None = None
@@ -69,71 +190,26 @@ class FrameShardWriter:
         """Stores one medium, all of its records in one shard; notes go to the shard's sidecar."""
         if info.id in self._ids:
             raise ValueError(f"{self.directory}: {info.id!r} was added twice")
-        if self._writer is None:
-            temporary = str(self._path(len(self._shards), "array_record.tmp"))
-            self._writer = ArrayRecordWriter(temporary, "group_size:1,uncompressed")
         self._ids.add(info.id)
-        self._media.append({**asdict(info), "record": self._records, "notes": notes or {}})
-        for record in records:
-            self._writer.write(record)
-        self._records += len(records)
-        self._bytes += sum(map(len, records))
+        self._open.add(info, records, notes=notes or {})
         self._roll()
 
     def reject(self, media_id: str, reason: str, detail: str) -> None:
         """Notes a medium that could not be stored."""
-        self._rejected.append({"id": media_id, "reason": reason, "detail": detail})
+        self._open.reject(media_id, reason, detail)
         self._roll()
 
     def _roll(self) -> None:
-        media = len(self._media) + len(self._rejected)
-        if self._bytes >= self.shard_bytes or media >= _MAX_SHARD_MEDIA:
+        media = len(self._open.media) + len(self._open.rejected)
+        if self._open.bytes >= self.shard_bytes or media >= _MAX_SHARD_MEDIA:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
-        if not self._media and not self._rejected:
-            return
-        shard = {"file": None, "records": self._records, "bytes": 0, "sha256": None}
-        if self._writer is not None:
-            self._writer.close()
-            path = self._path(len(self._shards), "array_record")
-            with path.with_name(path.name + ".tmp").open("rb+") as f:
-                os.fsync(f.fileno())
-                shard["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
-                shard["bytes"] = f.tell()
-            path.with_name(path.name + ".tmp").replace(path)
-            shard["file"] = path.name
-        shard |= {"media": self._media, "rejected": self._rejected}
-        # The sidecar comes last: a shard counts as finished only when it exists.
-        write_atomic(self._path(len(self._shards), "json"), json.dumps(shard).encode())
-        self._shards.append(shard)
-        self._open_shard()
+        if self._open.media or self._open.rejected:
+            self._shards.append(self._open.commit())
+            self._open = ShardFile(self.directory, len(self._shards))
 
     def close(self) -> dict[str, Any]:
         """Finishes the last shard and writes index and manifest; returns the manifest."""
         self._finish_shard()
-        reasons = dict(Counter(entry["reason"] for entry in self.rejected).most_common())
-        if not self._ids:
-            raise ValueError(
-                f"{self.directory}: nothing to store, all media were rejected: {reasons}"
-            )
-        rows = [{**m, "shard": s} for s, shard in enumerate(self._shards) for m in shard["media"]]
-        columns = {k: np.array([r[k] for r in rows], t) for k, t in INDEX_DTYPES.items()}
-        # NUL cannot occur in a path, so it separates the names.
-        names = "\0".join(row["id"] for row in rows).encode()
-        columns["ids"] = np.frombuffer(names, np.uint8)
-        columns["is_video"] = np.array([row["kind"] == "video" for row in rows])
-        index = io.BytesIO()
-        np.savez(index, allow_pickle=False, **columns)
-        write_atomic(self.directory / "index.npz", index.getvalue())
-        facts = [{k: s[k] for k in ("file", "records", "bytes", "sha256")} for s in self._shards]
-        manifest = {
-            "format": MAGIC.decode(),
-            "spec": asdict(self.spec),
-            "media": len(rows),
-            "frames": int(columns["stored_frames"].sum()),
-            "rejected": reasons,
-            "shards": facts,
-        }
-        write_atomic(self.directory / "manifest.json", json.dumps(manifest, indent=1).encode())
-        return manifest
+        return write_manifest(self.directory, self.spec, self._shards, {})

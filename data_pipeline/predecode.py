@@ -1,253 +1,238 @@
 # SPDX-License-Identifier: Apache-2.0
 """Videos and images -> frame shards, once, before training (`apollo-jax predecode`).
 
-Decoding runs in processes of its own, so that no file can stop the job: what cannot be used goes
-to `quarantine.jsonl` with the reason. Killed at any moment, the same command continues after the
-last finished shard; the shards do not depend on the number of workers.
+The media are cut into shards beforehand (plan.jsonl in the output). Every shard is made whole or
+not at all, by this process, by one of many independent tasks (--task) or by a Beam pipeline
+(--runner), with the same result; whoever finds all of them made completes the set. Killed at any
+moment, the same command continues. What cannot be used goes to quarantine.jsonl with the reason.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from data_pipeline.frame_shard_writer import write_manifest, write_quarantine
+from data_pipeline.media_files import find_media
+from data_pipeline.predecode_plan import DEFAULTS, PLAN, Plan, PredecodeConfig, begin_plan
+from data_pipeline.predecode_progress import PredecodeReport, ProgressDisplay, report
+from data_pipeline.predecode_shards import make_shards
 
-from data_pipeline.frame_shard_writer import FrameShardWriter, write_atomic
-from data_pipeline.frame_shards import ShardSpec
-from data_pipeline.media_encoding import EncodedMedium, encode_image, encode_video
-from data_pipeline.media_files import Medium, find_media, local_copy
-from data_pipeline.video import VideoError
-from data_pipeline.worker_pool import Casualty, run_isolated
+RUNNERS = ("direct", "dataflow", "flink", "spark")
 
-_BATCH_MEDIA, _BATCH_BYTES = 16, 32 << 20  # what a worker is given at a time, at most
-_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
-
-
-@dataclass(frozen=True)
-class PredecodeConfig:
-    """How frames are stored and how the job runs; 0 workers = one per CPU."""
-
-    fps: float = 2.0
-    size: int = 384  # longest side, pixels
-    quality: int = 90
-    subsampling: str = "420"  # '444' keeps small coloured text
-    shard_bytes: int = 256 << 20
-    workers: int = 0
-    stall_seconds: float = 120.0  # a file that yields no frame for so long is given up
-
-    def __post_init__(self):
-        if self.fps <= 0 or self.size < 2 or not 1 <= self.quality <= 100:
-            raise ValueError(f"fps > 0, size >= 2 and quality in 1..100 are needed: {self}")
-        if self.subsampling not in ("420", "422", "444"):
-            raise ValueError(f"subsampling {self.subsampling!r} is not one of 420, 422, 444")
-
-    @property
-    def spec(self) -> ShardSpec:
-        return ShardSpec(self.fps, self.size, self.quality, self.subsampling)
-
-
-@dataclass(frozen=True)
-class PredecodeReport:
-    """What a job stored and what it left out, by reason."""
-
-    output: Path
-    stored: int
-    frames: int
-    shards: int
-    bytes: int
-    quarantined: dict[str, int]
-    seconds: float
+# What schedulers call a task's number, from 0, and how many tasks there are.
+_TASK_VARIABLES = {
+    "SLURM_ARRAY_TASK_ID": "SLURM_ARRAY_TASK_COUNT",
+    "JOB_COMPLETION_INDEX": "JOB_COMPLETIONS",  # Kubernetes, whose jobs set the second themselves
+    "BATCH_TASK_INDEX": "BATCH_TASK_COUNT",
+    "CLOUD_RUN_TASK_INDEX": "CLOUD_RUN_TASK_COUNT",
+    "AWS_BATCH_JOB_ARRAY_INDEX": "AWS_BATCH_JOB_ARRAY_SIZE",
+}
 
 
 def predecode(
-    source: str | Path | Iterable[str | Path],
+    source: str | Path | Iterable[str | Path] | None,
     output: str | Path,
-    config: PredecodeConfig = PredecodeConfig(),
+    config: PredecodeConfig = DEFAULTS,
     *,
     root: str | Path | None = None,
     progress: bool = True,
+    task: tuple[int, int] = (0, 1),
+    runner: str | None = None,
+    runner_options: Sequence[str] = (),
 ) -> PredecodeReport:
     """Stores every medium of `source` (see `find_media`) as frame shards in `output`.
 
-    ValueError if `output` was begun with other settings or another input, or if nothing at all
-    could be stored.
+    `source` None continues what was planned there. `task` (i, n) makes every n-th shard from the
+    i-th. `runner` makes them with Beam (predecode_beam.py). ValueError if `output` was begun with
+    other settings or another input, or if too few media could be stored.
     """
     start = time.monotonic()
-    output, media = Path(output), find_media(source, root)
-    _check_job(output, config, media)
-    manifest_path = output / "manifest.json"
-    if manifest_path.exists():
-        return _report(output, json.loads(manifest_path.read_text()), start)
-    writer = FrameShardWriter(output, config.spec, config.shard_bytes)
-    todo = media[writer.finished :]
-    tasks = [(medium, config.spec) for medium in todo]
-    workers = config.workers or os.cpu_count() or 1
-    with _Progress(progress, len(media), writer.finished, len(writer.rejected)) as status:
-        results = run_isolated(
-            _encode, _batches(tasks), workers, config.stall_seconds, report=status.show
-        )
-        try:
-            for medium, result in zip(todo, results, strict=True):
-                if isinstance(result, EncodedMedium):
-                    writer.add(*result)
-                else:
-                    writer.reject(medium.id, result.reason, result.detail)
-                    status.bad += 1
-                status.done += 1
-        finally:
-            results.close()
-            _write_quarantine(output, writer.rejected)
-    return _report(output, writer.close(), start)
+    plan = plan_job(source, output, config, root=root)
+    config = _with_plan(config, plan)
+    if (plan.output / "manifest.json").exists() and not plan.unfinished():
+        return report(plan.output, _sidecars(plan), start)
+    mine = range(task[0], len(plan), task[1])
+    if runner:
+        from data_pipeline.predecode_beam import run_beam
 
-
-def _encode(task: tuple[Medium, ShardSpec], beat: Any) -> EncodedMedium | Casualty:
-    medium, spec = task
-    try:
-        with local_copy(medium, beat) as path:
-            if medium.kind == "image":
-                return encode_image(path, medium.id, spec)
-            return encode_video(path, medium.id, spec, beat)
-    except VideoError as error:
-        return Casualty(error.reason, error.detail)
-    except Exception as error:  # whatever a file does to the decoder, the others must go on
-        return Casualty("error", f"{type(error).__name__}: {error}")
-
-
-def _batches(tasks: Sequence[tuple[Medium, ShardSpec]]) -> list[list[tuple[Medium, ShardSpec]]]:
-    batches, size = [[]], 0
-    for task in tasks:
-        size += max(0, task[0].size)
-        if batches[-1] and (len(batches[-1]) == _BATCH_MEDIA or size > _BATCH_BYTES):
-            batches.append([])
-            size = 0
-        batches[-1].append(task)
-    return batches
-
-
-def _check_job(output: Path, config: PredecodeConfig, media: Sequence[Medium]) -> None:
-    """Begins a job in an empty folder, or makes sure that the one begun there is this one."""
-    names = "\0".join(f"{medium.kind} {medium.id}" for medium in media)
-    digest = hashlib.sha256(names.encode()).hexdigest()
-    job = {**asdict(config.spec), "media": len(media), "input": digest}
-    path = output / "job.json"
-    if path.exists():
-        begun = json.loads(path.read_text())
-        changed = [
-            f"{k} {begun.get(k)} there, {v} now" for k, v in job.items() if begun.get(k) != v
-        ]
-        if changed:
-            raise ValueError(
-                f"{output} was begun with other settings or another input ({'; '.join(changed)}): "
-                "choose another output, or delete that folder to start again"
-            )
-    elif output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty and holds no frame shards; choose another output")
+        run_beam(plan, config, runner, runner_options)
     else:
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(job, indent=1).encode())
+        _make_here(plan, mine, config, progress)
+    if unfinished := plan.unfinished():
+        own = (sidecar for k in mine if (sidecar := plan.sidecar(k)))
+        return report(plan.output, own, start, len(unfinished))
+    merge(plan, config)
+    return report(plan.output, _sidecars(plan), start)
 
 
-def _write_quarantine(output: Path, rejected: Iterable[dict[str, str]]) -> None:
-    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected]
-    write_atomic(output / "quarantine.jsonl", "".join(lines).encode())
+def plan_job(
+    source: str | Path | Iterable[str | Path] | None,
+    output: str | Path,
+    config: PredecodeConfig = DEFAULTS,
+    *,
+    root: str | Path | None = None,
+) -> Plan:
+    """The plan of `output`, made from `source` if there is none; None takes the one there."""
+    output = Path(output)
+    if source is not None:
+        return begin_plan(output, config, find_media(source, root))
+    if not (output / PLAN).exists():
+        raise FileNotFoundError(f"{output} holds no plan yet: say what the input is")
+    return Plan(output)
 
 
-class _Progress:
-    """A bar on a terminal, a line now and then in a log; `frames` counts those decoded."""
+def merge(plan: Plan, config: PredecodeConfig) -> dict[str, Any]:
+    """Index, quarantine and manifest of a plan whose shards are all made; returns the manifest.
 
-    def __init__(self, enabled: bool, total: int, done: int, bad: int):
-        self.total, self.done, self.bad, self.frames = total, done, bad, 0
-        console = Console(stderr=True)
-        self._lines = enabled and not console.is_terminal
-        self._start, self._printed = time.monotonic(), -_LINE_SECONDS
-        columns = (
-            TextColumn("predecode"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+    May be done again, by several at a time: the result is the same. ValueError if more than
+    `config.max_rejected` of the media were rejected.
+    """
+    write_quarantine(plan.output, _sidecars(plan))
+    summary = report(plan.output, _sidecars(plan), time.monotonic())
+    rejected, total = sum(summary.quarantined.values()), plan.job["media"]
+    if summary.stored and rejected > config.max_rejected * total:
+        raise ValueError(
+            f"{rejected} of {total} media were rejected, more than the share of "
+            f"{config.max_rejected:g} that is tolerated: {summary.quarantined}, see "
+            f"{plan.output / 'quarantine.jsonl'}; run again with a larger --max-rejected to accept"
         )
-        hidden = not enabled or self._lines
-        self._bar = Progress(*columns, console=console, disable=hidden)
-        self._task = self._bar.add_task("", total=total, note="")
-
-    def __enter__(self) -> "_Progress":
-        self._bar.start()
-        self.show()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._printed = -_LINE_SECONDS  # the last line is always printed
-        self.show()
-        self._bar.stop()
-
-    def show(self, frames: int | None = None) -> None:
-        self.frames = self.frames if frames is None else frames
-        note = f"{self.frames} frames decoded, {self.bad} quarantined"
-        self._bar.update(self._task, completed=self.done, note=note)
-        seconds = time.monotonic() - self._start
-        if self._lines and seconds - self._printed >= _LINE_SECONDS:
-            self._printed = seconds
-            line = f"predecode: {self.done}/{self.total} media, {note}, {seconds:.0f} s"
-            print(line, file=sys.stderr, flush=True)
+    made_with: dict[str, list[str]] = {}  # machines may differ
+    for sidecar in _sidecars(plan):
+        for name, version in sidecar["made_with"].items():
+            known = made_with.setdefault(name, [])
+            known += [] if version in known else [version]
+    facts = {"job": plan.job, "plan_sha256": plan.digest, "made_with": made_with}
+    manifest = write_manifest(plan.output, config.spec, _sidecars(plan), facts)
+    for leftover in plan.output.glob("*.tmp"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
+    return manifest
 
 
-def _report(output: Path, manifest: dict[str, Any], start: float) -> PredecodeReport:
-    return PredecodeReport(
-        output=output,
-        stored=manifest["media"],
-        frames=manifest["frames"],
-        shards=len(manifest["shards"]),
-        bytes=sum(shard["bytes"] for shard in manifest["shards"]),
-        quarantined=manifest["rejected"],
-        seconds=time.monotonic() - start,
-    )
+def _make_here(plan: Plan, shards: Sequence[int], config: PredecodeConfig, progress: bool) -> None:
+    made = [sidecar for k in shards if (sidecar := plan.sidecar(k))]
+    bad = sum(len(sidecar["rejected"]) for sidecar in made)
+    done = bad + sum(len(sidecar["media"]) for sidecar in made)
+    total = sum(len(plan.media(k)) for k in shards)
+    with ProgressDisplay(progress, total, done, bad) as display:
+        make_shards(plan, shards, config, display)
+
+
+def _sidecars(plan: Plan) -> Iterator[dict[str, Any]]:
+    for shard in range(len(plan)):
+        sidecar = plan.sidecar(shard)
+        if sidecar is None:
+            raise ValueError(f"{plan.output}: shard {shard} is missing or cut off; run again")
+        yield sidecar
+
+
+def _with_plan(config: PredecodeConfig, plan: Plan) -> PredecodeConfig:
+    known = {f.name for f in fields(PredecodeConfig)}
+    return replace(config, **{k: v for k, v in plan.job.items() if k in known})
+
+
+def task_of(text: str) -> tuple[int, int]:
+    """'3/8' -> (3, 8), counted from 0; 'auto' asks the scheduler's environment. ValueError."""
+    if text == "auto":
+        text = _task_of_scheduler()
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ValueError(f"task {text} is not I/N with I from 0 to N - 1, such as 0/8")
+    return int(number), int(count)
+
+
+def _task_of_scheduler() -> str:
+    for name, count in _TASK_VARIABLES.items():
+        if name in os.environ and count in os.environ:
+            number = int(os.environ[name])
+            if name.startswith("SLURM"):  # whose numbers may begin and step as one likes
+                number -= int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0))
+                number //= int(os.environ.get("SLURM_ARRAY_TASK_STEP", 1))
+            return f"{number}/{os.environ[count]}"
+    known = ", ".join(f"{name} with {count}" for name, count in _TASK_VARIABLES.items())
+    raise ValueError(f"--task auto finds none of these in the environment: {known}; say --task I/N")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`apollo-jax predecode`."""
-    defaults = PredecodeConfig()
-    parser = argparse.ArgumentParser("apollo-jax predecode", description=__doc__)
-    parser.add_argument(
-        "--input", required=True, help="folder of videos and images, or a JSONL that names them"
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    parser = _parser()
+    args = vars(parser.parse_args(arguments[:split]))
+    known = {f.name for f in fields(PredecodeConfig)}
+    given = {k: args.pop(k) for k in list(args) if k in known}
+    source, output, root = args["input"], args["output"], args["root"]
+    config = PredecodeConfig(**given)
+    if source is None and (Path(output) / PLAN).exists():
+        config = _with_plan(DEFAULTS, Plan(Path(output)))
+        changed = [k for k in given if k in config.planned and given[k] != config.planned[k]]
+        if changed:
+            raise ValueError(f"{output} is planned with another {', '.join(changed)}")
+        config = replace(config, **given)
+    if args["plan_only"]:
+        plan = plan_job(source, output, config, root=root)
+        print(f"{plan.output / PLAN}: {plan.job['media']} media in {len(plan)} shards")
+        return
+    options = arguments[split + 1 :]
+    if options and not args["runner"]:
+        raise ValueError(
+            f"what follows -- is for a Beam runner, and there is no --runner: {options}"
+        )
+    done = predecode(
+        source,
+        output,
+        config,
+        root=root,
+        task=task_of(args["task"]),
+        runner=args["runner"],
+        runner_options=options,
     )
-    parser.add_argument("--output", required=True, help="folder for the frame shards")
-    parser.add_argument("--root", help="ids are relative to this folder (default: the input's)")
-    parser.add_argument("--fps", type=float, default=defaults.fps, help="stored frames per second")
-    parser.add_argument("--size", type=int, default=defaults.size, help="longest side in pixels")
-    parser.add_argument("--quality", type=int, default=defaults.quality, help="of the JPEGs")
-    parser.add_argument("--subsampling", default=defaults.subsampling, help="420, 422 or 444")
-    parser.add_argument("--shard-bytes", type=int, default=defaults.shard_bytes)
-    parser.add_argument("--workers", type=int, default=0, help="processes (0: one per CPU)")
-    parser.add_argument("--stall-seconds", type=float, default=defaults.stall_seconds)
-    args = vars(parser.parse_args(argv))
-    source, output, root = args.pop("input"), args.pop("output"), args.pop("root")
-    report = predecode(source, output, PredecodeConfig(**args), root=root)
-    bad = sum(report.quarantined.values())
-    print(
-        f"{report.output}: {report.stored} of {report.stored + bad} media stored, "
-        f"{report.frames} frames in {report.shards} shards, {report.bytes / 1e6:.1f} MB, "
-        f"{report.seconds:.1f} s"
+    print(done.text())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "apollo-jax predecode",
+        description=__doc__,
+        epilog="What follows -- is for the Beam runner, such as -- --project=P --region=R.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
-    if bad:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in report.quarantined.items())
-        print(f"quarantined {bad}: {reasons} (see {report.output / 'quarantine.jsonl'})")
+    add = parser.add_argument
+
+    def setting(name: str, kind: type, text: str) -> None:
+        flag = "--" + name.replace("_", "-")
+        add(flag, type=kind, help=f"{text} (default {getattr(DEFAULTS, name):g})")
+
+    add(
+        "--input",
+        default=None,
+        help="folder, pattern, JSONL, CSV or parquet manifest, or WebDataset tars; paths or URLs. "
+        "May be left out to continue",
+    )
+    add("--output", required=True, help="folder for the frame shards, seen by all that take part")
+    add("--root", default=None, help="ids are relative to this folder (default: the input's)")
+    setting("fps", float, "stored frames per second")
+    setting("size", int, "longest side in pixels")
+    setting("quality", int, "of the JPEGs")
+    add("--subsampling", help=f"420, 422 or 444 (default {DEFAULTS.subsampling})")
+    setting("max_hours", float, "longer videos are quarantined")
+    setting("max_pixels", int, "media of larger frames are quarantined")
+    setting("shard_bytes", int, "bytes of source files per shard")
+    setting("shards", int, "cut into so many shards instead")
+    setting("workers", int, "decoding processes, 0: one per CPU")
+    setting("stall_seconds", float, "a file without progress for so long is quarantined")
+    setting("file_seconds", float, "and one that takes so long in all")
+    setting("file_memory", int, "and one that takes so many bytes of memory")
+    setting("max_rejected", float, "share of unusable media beyond which the job fails")
+    add("--task", default="0/1", help="I/N: make shards I, I+N, ...; auto: as the scheduler says")
+    add("--plan-only", action="store_true", default=False, help="stop after planning")
+    add("--runner", default=None, choices=RUNNERS, help="make the shards with Apache Beam")
+    return parser
 
 
 if __name__ == "__main__":

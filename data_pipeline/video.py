@@ -5,13 +5,14 @@ Frame i is the i-th frame in display order; times are seconds after the first fr
 ratio and rotation metadata are applied, so h x w is what a player shows. h, w pixels; n frames.
 """
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
@@ -36,7 +37,7 @@ _TOLERATED_LOSS = 0.2
 class VideoError(ValueError):
     """A file that cannot be used; `reason` is one short word per class of trouble.
 
-    missing, empty, no_moov, unreadable, no_video_stream, no_frames or corrupt.
+    missing, empty, no_moov, unreadable, no_video_stream, no_frames or corrupt; too_large.
     """
 
     def __init__(self, path: str | Path, reason: str, detail: str):
@@ -74,16 +75,24 @@ class RgbConverter:
 
 
 @contextmanager
-def open_video(path: str | Path, threads: int = 1) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its first real video stream; VideoError says why there is none."""
+def open_video(
+    path: str | Path, threads: int = 1, file: BinaryIO | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first real video stream; VideoError says why there is none.
+
+    With `path` also opened as `file`, a failing disk is an OSError then and while decoding, rather
+    than a file that seems to end there.
+    """
     path = Path(path)
     if not path.exists():
         raise VideoError(path, "missing", "there is no such file")
     if path.stat().st_size == 0:
         raise VideoError(path, "empty", "the file has 0 bytes")
     try:
-        container = av.open(str(path), **_OPEN_OPTIONS)
+        container = av.open(file or str(path), **_OPEN_OPTIONS)
     except (FFmpegError, OSError, ValueError) as error:
+        if file and isinstance(error, OSError) and not isinstance(error, FFmpegError):
+            raise
         with path.open("rb") as f:
             is_mp4 = f.read(8)[4:] == b"ftyp"
         if is_mp4:
@@ -274,17 +283,30 @@ def decode_frames(path: str | Path, indices: Sequence[int] | np.ndarray) -> np.n
     return frames
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """u8[h, w, 3] RGB of an image file, EXIF orientation applied; VideoError if unreadable."""
+def read_image(path: str | Path, max_pixels: int = 0) -> np.ndarray:
+    """u8[h, w, 3] RGB of an image file, EXIF orientation applied; VideoError if unreadable.
+
+    Larger ones than `max_pixels` are not decoded (0: than what PIL takes for a bomb).
+    """
     path = Path(path)
     if not path.exists():
         raise VideoError(path, "missing", "there is no such file")
     if path.stat().st_size == 0:
         raise VideoError(path, "empty", "the file has 0 bytes")
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+        with image:
+            if max_pixels and image.width * image.height > max_pixels:
+                detail = f"{image.width} x {image.height} pixels, more than {max_pixels}"
+                raise VideoError(path, "too_large", detail)
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except VideoError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise VideoError(path, "too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise VideoError(path, "unreadable", "not an image file") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise VideoError(path, "corrupt", str(error)) from error

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes for work that may crash or hang, such as decoding files from the wild."""
+"""Processes for work that may crash, hang or grow, such as decoding files from the wild."""
 
+import math
 import multiprocessing
+import os
 import signal
 import time
 from bisect import bisect_right
@@ -10,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 # function(task, beat) -> result, not an int; beat(n) says that it is alive and n steps further.
@@ -17,30 +20,44 @@ Task = Callable[[Any, Callable[[int], None]], Any]
 
 _BATCHES_AHEAD = 2  # per worker: bounds the results that wait for a slow one before them
 _START_SECONDS = 120.0  # a new process may take this long to import everything
+_LOOK_SECONDS = 0.25  # between two looks at how large the processes are
 
 
 @dataclass(frozen=True)
 class Casualty:
-    """Stands for the result of a task that took its process down; reason crashed or timeout."""
+    """Stands for the result of a task that took its process down: crashed, timeout or memory."""
 
     reason: str
     detail: str
+
+
+@dataclass(frozen=True)
+class TaskLimits:
+    """What a task may take before its process is killed.
+
+    `stall_seconds` without a result or a beat, `task_seconds` in all, `memory_bytes` resident in
+    its process (0: any; watched where /proc tells, which is Linux).
+    """
+
+    stall_seconds: float = 120.0
+    task_seconds: float = math.inf
+    memory_bytes: int = 0
 
 
 def run_isolated(
     function: Task,
     batches: Sequence[Sequence],
     workers: int,
-    stall_seconds: float,
+    limits: TaskLimits = TaskLimits(),
     report: Callable[[int], None] = lambda steps: None,
 ) -> Generator[Any]:
     """Yields function(task, beat) for every task of every batch, in order.
 
-    A task whose process dies is tried once more; one during which nothing is heard for
-    `stall_seconds` (neither a result nor a beat) is killed. Either becomes a Casualty. `report`
-    is called with the steps of all beats at least once a second.
+    A task whose process dies or grows too large is tried once more, alone; one that takes too long
+    is killed. Either becomes a Casualty. `report` is called with the steps of all beats at least
+    once a second.
     """
-    pool = _Pool(function, [batch for batch in batches if batch], workers, stall_seconds)
+    pool = _Pool(function, [batch for batch in batches if batch], workers, limits)
     try:
         yield from pool.results(report)
     finally:
@@ -68,13 +85,24 @@ class _Worker:
         theirs.close()
         self.pending: deque[int] = deque()
         self.started = False
-        self.heard = time.monotonic()
+        self.heard = self.task_start = time.monotonic()
 
     def receive(self) -> Any:
         """The next message, an int for a beat; EOFError if the process is dead."""
         message = self.connection.recv()
-        self.started, self.heard = True, time.monotonic()
+        self.heard = time.monotonic()
+        if not self.started or not isinstance(message, int):
+            self.task_start = self.heard
+        self.started = True
         return message
+
+    def resident_bytes(self) -> int:
+        """0 where that is unknown."""
+        try:
+            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+            return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):
+            return 0
 
     def end(self) -> None:
         self.process.kill()
@@ -85,55 +113,79 @@ class _Worker:
 class _Pool:
     """Tasks are known by their numbers; batches of numbers wait, pend in a worker, have results."""
 
-    def __init__(self, function: Task, batches: Sequence[Sequence], workers: int, stall: float):
-        self.function, self.stall = function, stall
+    def __init__(
+        self, function: Task, batches: Sequence[Sequence], workers: int, limits: TaskLimits
+    ):
+        self.function, self.limits = function, limits
         self.tasks = [task for batch in batches for task in batch]
         numbers = iter(range(len(self.tasks)))
         self.waiting = deque([next(numbers) for _ in batch] for batch in batches)
         self.starts = [batch[0] for batch in self.waiting]
+        self.ends = [batch[-1] + 1 for batch in self.waiting]
         self.workers = [_Worker(function) for _ in range(min(workers, len(batches)))]
-        self.crashed: set[int] = set()
+        self.suspects: set[int] = set()
         self.done: dict[int, Any] = {}
         self.steps = 0
+        self.looked = 0.0
 
     def results(self, report: Callable[[int], None]) -> Iterator[Any]:
         for number in range(len(self.tasks)):
             while number not in self.done:
                 self._hand_out(number)
                 self._listen()
+                self._watch()
                 report(self.steps)
             yield self.done.pop(number)
 
     def _hand_out(self, number: int) -> None:
         """Gives batches to idle workers, not too far beyond the result now waited for."""
         last = bisect_right(self.starts, number) - 1 + _BATCHES_AHEAD * len(self.workers)
-        horizon = self.starts[min(last, len(self.starts) - 1)]
+        horizon = self.ends[min(last, len(self.ends) - 1)]
         for worker in self.workers:
-            if not worker.pending and self.waiting and self.waiting[0][0] <= horizon:
+            if not worker.pending and self.waiting and self.waiting[0][0] < horizon:
                 worker.pending.extend(self.waiting.popleft())
-                worker.heard = time.monotonic()
+                worker.heard = worker.task_start = time.monotonic()
                 with suppress(BrokenPipeError, ConnectionResetError):  # _listen will notice
                     worker.connection.send([self.tasks[n] for n in worker.pending])
 
     def _listen(self) -> None:
-        busy = [worker for worker in self.workers if worker.pending]
-        ready = wait([worker.connection for worker in busy], timeout=min(1.0, self.stall))
-        for worker in busy:
-            silence = time.monotonic() - worker.heard
-            if worker.connection in ready:
-                try:
-                    message = worker.receive()
-                except (EOFError, ConnectionResetError):
-                    self._crash(worker)
-                    continue
-                if isinstance(message, int):
-                    self.steps += message
-                else:
-                    self.done[worker.pending.popleft()] = message
-            elif silence > (self.stall if worker.started else _START_SECONDS):
-                number = worker.pending.popleft()
-                self.done[number] = Casualty("timeout", f"no progress in {self.stall:g} s")
+        busy = {worker.connection: worker for worker in self.workers if worker.pending}
+        for connection in wait(list(busy), timeout=min(_LOOK_SECONDS, self.limits.stall_seconds)):
+            worker = busy[connection]  # pyright: ignore[reportArgumentType]
+            try:
+                message = worker.receive()
+            except (EOFError, ConnectionResetError):
+                self._crash(worker)
+                continue
+            if isinstance(message, int):
+                self.steps += message
+            else:
+                self.done[worker.pending.popleft()] = message
+
+    def _watch(self) -> None:
+        """Kills what is beyond its limits."""
+        now = time.monotonic()
+        weigh = bool(self.limits.memory_bytes) and now - self.looked >= _LOOK_SECONDS
+        self.looked = now if weigh else self.looked
+        for worker in [worker for worker in self.workers if worker.pending]:
+            casualty = self._excess(worker, now, weigh)
+            if casualty and casualty.reason == "memory":  # it may be of the tasks before
+                self._second_chance(worker, casualty)
+            elif casualty:
+                self.done[worker.pending.popleft()] = casualty
                 self._replace(worker)
+
+    def _excess(self, worker: _Worker, now: float, weigh: bool) -> Casualty | None:
+        limits = self.limits
+        if worker.connection.poll():  # a busy parent has yet to hear of it
+            return None
+        if now - worker.heard > (limits.stall_seconds if worker.started else _START_SECONDS):
+            return Casualty("timeout", f"no progress in {limits.stall_seconds:g} s")
+        if worker.started and now - worker.task_start > limits.task_seconds:
+            return Casualty("timeout", f"not done after {limits.task_seconds:g} s")
+        if weigh and worker.resident_bytes() > limits.memory_bytes:
+            return Casualty("memory", f"needs more than {limits.memory_bytes / 1e9:.2f} GB")
+        return None
 
     def _crash(self, worker: _Worker) -> None:
         worker.process.join()
@@ -143,13 +195,20 @@ class _Pool:
                 f"a worker process ended with code {code} before it could start; a script that "
                 'uses it must do so under `if __name__ == "__main__":`'
             )
+        self._second_chance(
+            worker, Casualty("crashed", f"its process ended with code {code}, twice")
+        )
+
+    def _second_chance(self, worker: _Worker, casualty: Casualty) -> None:
+        """A process of its own, where nothing else can be to blame."""
         number = worker.pending.popleft()
-        if number in self.crashed:
-            self.done[number] = Casualty("crashed", f"its process ended with code {code}, twice")
+        if number in self.suspects:
+            self.done[number] = casualty
+            self._replace(worker)
         else:
-            self.crashed.add(number)
+            self.suspects.add(number)
+            self._replace(worker)
             self.waiting.appendleft([number])
-        self._replace(worker)
 
     def _replace(self, worker: _Worker) -> None:
         if worker.pending:
