@@ -69,16 +69,26 @@ def find_media(source: Names, root: str | os.PathLike[str] | None = None) -> lis
     gives one id to two media. Remote files are not asked one by one; local ones are, for sizes.
     """
     base = None if root is None else remote_files.as_path(root)
+    what = "the list"
     if isinstance(source, str | os.PathLike):
         what = remote_files.as_path(source)
-        media = _distinct(_in_source(what, base))
+        found = _in_source(what, base)
     else:
-        what = "the list"
-        media = _distinct(_in_list([remote_files.as_path(name) for name in source], base))
+        found = _in_list([remote_files.as_path(name) for name in source], base)
+    try:
+        media = _distinct(found)
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if is_remote(what) or isinstance(error, OSError):  # every storage has its own
+            raise ValueError(f"{what} cannot be read: {type(error).__name__}: {error}") from error
+        raise
     if not media:
         raise ValueError(f"{what} names no videos or images{_others(what)}")
     for medium in {m.path.partition("://")[0]: m for m in media if is_remote(m.path)}.values():
-        remote_files.file_system(medium.path)  # a worker should not be the first to miss a backend
+        remote_files.require_storage(
+            medium.path
+        )  # a worker should not be the first to miss a backend
     _add_sizes(media)
     return media
 

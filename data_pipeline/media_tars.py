@@ -9,12 +9,15 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
-from data_pipeline.remote_files import open_file
+from data_pipeline.remote_files import is_http, open_file, patiently
 
 _READ_AT_A_TIME = 64 << 10  # bytes: the small files after a video come with its header
 _TARS_AT_A_TIME = 16
+# What tarfile raises for headers that lie, about sizes above all.
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, MemoryError)
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -37,7 +40,7 @@ def index_tars(paths: Sequence[str]) -> Iterator[TarIndex]:
     """In the order of `paths`; OSError for a tar that cannot be read, ValueError for a place that
     gives whole files only."""
     with ThreadPoolExecutor(_TARS_AT_A_TIME) as pool:
-        yield from pool.map(index_tar, paths)
+        yield from pool.map(partial(patiently, index_tar), paths)
 
 
 def index_tar(path: str) -> TarIndex:
@@ -51,6 +54,8 @@ def index_tar(path: str) -> TarIndex:
                     name = member.name.removeprefix("./")
                     if member.islnk() and member.linkname.removeprefix("./") in members:
                         members[name] = members[member.linkname.removeprefix("./")]
+                    elif member.size < 0:
+                        raise tarfile.ReadError(f"{name} has {member.size} bytes")
                     elif member.isreg() and not member.issparse():
                         members[name] = member.offset_data, member.size
                 file.seek(tar.offset)
@@ -58,8 +63,8 @@ def index_tar(path: str) -> TarIndex:
                     damage = f"no end after {len(members)} files: cut off or damaged"
                 else:
                     damage = ""
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read in parts: {error}") from None
-        except tarfile.TarError as error:
+        except _DAMAGE as error:
+            if is_http(path) and isinstance(error, ValueError):
+                raise ValueError(f"{path} cannot be read in parts: {error}") from None
             damage = f"{error} after {len(members)} files"
     return TarIndex([(name, *where) for name, where in members.items()], damage)

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeVar, cast
 from urllib.parse import unquote, urlsplit
 
 import fsspec
+
+Result = TypeVar("Result")
 
 _CHUNK = 8 << 20  # bytes asked of a storage at a time
 _WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before it is asked again after a failure
@@ -71,7 +73,6 @@ def _plain(path: str) -> str:
 
 @lru_cache
 def _storage_class(protocol: str) -> type[fsspec.AbstractFileSystem]:
-    """ValueError in one line if nothing that is installed can read such URLs."""
     try:
         return fsspec.get_filesystem_class(protocol)
     except ImportError as error:
@@ -85,9 +86,13 @@ def _storage_class(protocol: str) -> type[fsspec.AbstractFileSystem]:
         raise ValueError(f"{protocol}:// is no storage that fsspec knows{hint}") from None
 
 
-def file_system(path: str) -> fsspec.AbstractFileSystem:
-    """The storage of a URL; ValueError if nothing that is installed can read it."""
+def require_storage(path: str) -> None:
+    """ValueError in one line if nothing that is installed can read such a URL."""
     _storage_class(path.partition("://")[0])
+
+
+def file_system(path: str) -> fsspec.AbstractFileSystem:
+    require_storage(path)
     return fsspec.url_to_fs(path)[0]
 
 
@@ -141,6 +146,18 @@ def read_range(
         waiting()
         time.sleep(_WAITS[failures])
         failures += 1
+
+
+def patiently(read: Callable[[str], Result], path: str) -> Result:
+    """read(path), tried again while a storage has trouble that may pass."""
+    for wait in _WAITS:
+        try:
+            return read(path)
+        except Exception as error:
+            if not is_remote(path) or isinstance(error, FileNotFoundError) or _lasts(error):
+                raise
+        time.sleep(wait)
+    return read(path)
 
 
 def _skip(file: BinaryIO, offset: int) -> None:

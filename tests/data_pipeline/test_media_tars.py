@@ -135,6 +135,21 @@ def test_the_member_that_is_cut_off_fails_alone(tmp_path, monkeypatch):
         contents([broken])
 
 
+def test_headers_that_lie_about_sizes(tmp_path):
+    """A file of 8 EiB, of -1 bytes, and a long name of 8 EiB, each after a sound file."""
+    sound = write_tar(tmp_path / "a.tar", {"0.mp4": b"0"}).read_bytes()[:1024]
+    huge, negative = b"\x80" + bytes(3) + b"\x7f" + b"\xff" * 7, b"\xff" * 12
+    for kind, size in [(b"0", huge), (b"0", negative), (b"L", huge)]:
+        header = bytearray(tarfile.TarInfo("1.mp4").tobuf())
+        header[124:136], header[156:157] = size, kind
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        (tmp_path / "a.tar").write_bytes(sound + header + bytes(512))
+        index = index_tar(str(tmp_path / "a.tar"))
+        assert index.members[0] == ("0.mp4", 512, 1)
+        assert index.damage
+
+
 @pytest.mark.parametrize("data", [b"", b"no tar" * 1000])
 def test_what_is_no_tar_at_all(tmp_path, data):
     (tmp_path / "a.tar").write_bytes(data)

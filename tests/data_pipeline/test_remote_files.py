@@ -181,6 +181,15 @@ def test_a_fault_that_stays_is_a_reason(trouble):
     assert (caught.value.reason, trouble.opened) == ("io", 1)  # asking again is useless
 
 
+def test_an_input_that_cannot_be_listed_is_one_line(trouble, monkeypatch):
+    def refuse(self, path, **options):
+        raise OSError("credentials have expired")
+
+    monkeypatch.setattr(trouble, "find", refuse)
+    with pytest.raises(ValueError, match=r"^trouble://v cannot be read: OSError: credentials"):
+        find_media("trouble://v")
+
+
 def test_a_file_that_shrank_since_it_was_listed(trouble):
     with (
         pytest.raises(VideoError, match="ended after 2048 of 2049 bytes") as caught,
