@@ -2,7 +2,10 @@
 """What is wrong with frame shards: every file, every record, every frame is looked at."""
 
 import hashlib
+import os
 import struct
+import sys
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -14,10 +17,13 @@ import simplejpeg
 
 from data_pipeline.frame_shards import decode_segment
 from data_pipeline.record_files import open_records
-from data_pipeline.shard_folder import COLUMNS, FACTS, Problem, ShardTask, read_sidecar
+from data_pipeline.shard_folder import COLUMNS, FACTS, Folder, Problem, ShardTask, read_sidecar
 
 # What damaged bytes provoke in msgpack, numpy, Riegeli and libjpeg.
 RECORD_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
+
+_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+_WORKER_BYTES = 64 << 20  # a process of its own pays from here on
 
 
 def check_shard(task: ShardTask) -> list[Problem]:
@@ -74,7 +80,7 @@ def _check_file(
     except FileNotFoundError:
         return [Problem(name, "is missing"), *(Problem(name, "is lost", m["id"]) for m in media)]
     except (RuntimeError, OSError) as error:
-        lost = [Problem(name, "is lost", m["id"]) for m in media]
+        lost = [Problem(name, "cannot be read", m["id"]) for m in media]
         return [*problems, Problem(name, f"cannot be read: {error}"), *lost]
     if reader.num_records() != facts["records"]:
         what = f"holds {reader.num_records()} records instead of {facts['records']}"
@@ -99,6 +105,8 @@ def check_record(
     count = min(segment_frames, row["stored_frames"] - segment * segment_frames)
     if not count == header["n"] == len(jpegs) == len(header["pts_us"]) == len(header["crc"]):
         raise ValueError(f"segment {segment} holds {len(jpegs)} frames instead of {count}")
+    if sorted(header["pts_us"]) != header["pts_us"]:
+        raise ValueError(f"the times of segment {segment} are in no order")
     if list(header["hw"]) != [row["height"], row["width"]]:
         raise ValueError(f"segment {segment} is of size {header['hw']}")
     for frame, (jpeg, crc) in enumerate(zip(jpegs, header["crc"], strict=True)):
@@ -106,6 +114,38 @@ def check_record(
             raise ValueError(f"frame {frame} of segment {segment} has a wrong checksum")
         if decode and simplejpeg.decode_jpeg(jpeg).shape[:2] != (row["height"], row["width"]):
             raise ValueError(f"frame {frame} of segment {segment} is of another size")
+
+
+class _Progress:
+    """A line that is written over on a terminal, one now and then in a log."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.done, self.problems = what, total, 0, 0
+        self._terminal, self._start, self._next = sys.stderr.isatty(), time.monotonic(), 0.0
+
+    def step(self, problems: int) -> None:
+        self.done, self.problems = self.done + 1, self.problems + problems
+        seconds = time.monotonic() - self._start
+        if seconds >= self._next or self.done == self.total:
+            self._next = seconds + (0.5 if self._terminal else _LINE_SECONDS)
+            end = "\n" if not self._terminal or self.done == self.total else "\r"
+            line = f"{self.what}: {self.done}/{self.total} shards, {self.problems} problems"
+            print(f"{line}, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
+
+
+def check_folder(
+    folder: Folder, decode: bool = False, workers: int = 0
+) -> dict[int, list[Problem]]:
+    """What is wrong with each damaged shard, by its number; 0 workers: as many as pay."""
+    size = sum(path.stat().st_size for path in folder.path.glob("frames-*.array_record"))
+    workers = workers or max(1, min(os.cpu_count() or 1, size // _WORKER_BYTES))
+    progress, damaged = _Progress("verify", len(folder.shards)), {}
+    results = check_shards(folder.tasks(decode), workers)
+    for number, problems in zip(folder.shards, results, strict=True):
+        if problems:
+            damaged[number] = problems
+        progress.step(len(problems))
+    return damaged
 
 
 def check_shards(tasks: Iterator[ShardTask], workers: int) -> Iterator[list[Problem]]:

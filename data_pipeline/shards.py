@@ -3,11 +3,9 @@
 
 import argparse
 import json
-import os
 import random
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from fnmatch import translate
 from pathlib import Path
@@ -16,12 +14,10 @@ from typing import Any
 from data_pipeline.contact_sheets import clock, contact_sheet, grid_frames, read_strip
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_index import MediaIndex
-from data_pipeline.shard_checks import check_shards
+from data_pipeline.shard_checks import check_folder
 from data_pipeline.shard_folder import Problem, open_folder
+from data_pipeline.shard_repair import repair
 from data_pipeline.shard_statistics import statistics, statistics_text
-
-_LINE_SECONDS = 10.0  # between progress lines where there is no terminal
-_WORKER_BYTES = 64 << 20  # a process of its own pays from here on
 
 
 def listing(index: MediaIndex, patterns: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
@@ -119,36 +115,27 @@ def _stats(args: argparse.Namespace) -> None:
     print(json.dumps(known, ensure_ascii=False) if args.json else statistics_text(known))
 
 
-class _Progress:
-    """A line that is written over on a terminal, one now and then in a log."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.done, self.problems = what, total, 0, 0
-        self._terminal, self._start, self._next = sys.stderr.isatty(), time.monotonic(), 0.0
-
-    def step(self, problems: int) -> None:
-        self.done, self.problems = self.done + 1, self.problems + problems
-        seconds = time.monotonic() - self._start
-        if seconds >= self._next or self.done == self.total:
-            self._next = seconds + (0.5 if self._terminal else _LINE_SECONDS)
-            end = "\n" if not self._terminal or self.done == self.total else "\r"
-            line = f"{self.what}: {self.done}/{self.total} shards, {self.problems} problems"
-            print(f"{line}, {seconds:.0f} s", end=end, file=sys.stderr, flush=True)
-
-
 def verify(path: str | Path, decode: bool = False, workers: int = 0) -> list[Problem]:
     """Everything that is wrong with a folder; `decode` also decodes every frame.
 
     FileNotFoundError if it holds no frame shards at all.
     """
     folder = open_folder(Path(path))
-    size = sum(p.stat().st_size for p in folder.path.glob("frames-*.array_record"))
-    workers = workers or max(1, min(os.cpu_count() or 1, size // _WORKER_BYTES))
-    progress, problems = _Progress("verify", len(folder.shards)), list(folder.problems)
-    for found in check_shards(folder.tasks(decode), workers):
-        problems += found
-        progress.step(len(found))
-    return problems
+    shards = check_folder(folder, decode, workers)
+    return folder.problems + [problem for found in shards.values() for problem in found]
+
+
+def _repair(args: argparse.Namespace) -> None:
+    done = repair(args.path, args.redo, args.dry_run, args.decode, args.workers)
+    for line in done.lines:
+        print(line)
+    for problem in done.remaining:
+        print(f"not repaired: {problem}")
+    if args.dry_run:
+        print("nothing was changed (--dry-run)", file=sys.stderr)
+    elif not args.redo or not done.lines:
+        print(f"{args.path}: {'not ' if done.remaining else ''}sound", file=sys.stderr)
+    sys.exit(1 if done.remaining else 0)
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -180,10 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     show.add_argument("--output", metavar="F.png", help="write a contact sheet")
     show.add_argument("--frames", type=int, help="of each medium, at most, spread evenly")
     show.add_argument("--every", type=float, metavar="SECONDS", help="a frame every so often")
-    check = _command(commands, "verify", _verify, "read everything; exit code 1 if it is damaged")
-    check.add_argument("--decode", action="store_true", help="decode every frame, too")
-    check.add_argument("--workers", type=int, default=0, help="processes (0: one per CPU)")
     _command(commands, "stats", _stats, "counts, hours, bytes, durations, sizes, rejects")
+    check = _command(commands, "verify", _verify, "read everything; exit code 1 if it is damaged")
+    mend = _command(commands, "repair", _repair, "drop what is damaged, keep all that is good")
+    mend.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    mend.add_argument(
+        "--redo",
+        action="store_true",
+        help="drop nothing: mark damaged shards unfinished, so that the same predecode command "
+        "makes these again",
+    )
+    for reading in (check, mend):
+        reading.add_argument("--decode", action="store_true", help="decode every frame, too")
+        reading.add_argument("--workers", type=int, default=0, help="processes (0: one per CPU)")
     args = parser.parse_args(argv)
     args.run(args)
 

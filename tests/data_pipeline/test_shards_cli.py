@@ -158,7 +158,7 @@ def test_a_truncated_shard_names_all_of_its_media(folder, keep):
     path.write_bytes(path.read_bytes()[:keep])
     lines = lines_of(folder)
     assert lines[0].endswith(f"has {keep} bytes instead of {size}")
-    lost = [line.split("'")[1] for line in lines if line.endswith("is lost")]
+    lost = [line.split("'")[1] for line in lines if line.endswith("' cannot be read")]
     sidecar = json.loads(path.with_suffix(".json").read_text())
     assert lost == [row["id"] for row in sidecar["media"]]
 
