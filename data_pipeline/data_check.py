@@ -116,7 +116,7 @@ def check(
         except OSError as error:
             raise ValueError(f"source {name!r}: {error}; {_ELSEWHERE}") from error
         report.kept = str(folder(settings, config.sizes) or "")
-        source, _ = open_measured(settings, maker, config.sizes)
+        source, _ = open_measured(settings, maker, config.sizes, config.max_bad_share)
         _describe(report, tables[name], source, maker)
     found = DataReport(reports, num_steps * config.batch_size, config.max_bad_share)
     if any(table[:, TOKENS].any() for table in tables.values()):

@@ -24,7 +24,7 @@ def show(config: DataConfig, source_name: str | None, index: int, picture: Path)
     Raises ValueError or FileNotFoundError for an unknown source or index, or a bad record.
     """
     name = _known(source_name, config)
-    source = open_source(config.sources[name])
+    source = open_source(config.sources[name], max_bad_share=1.0)
     if not 0 <= index < len(source):
         raise ValueError(f"--index {index}: source {name!r} has records 0 to {len(source) - 1}")
     maker = sample_maker(config)

@@ -39,7 +39,7 @@ def table_path(where: Path, settings: SourceConfig, source: Source, maker: Sampl
 
 
 def open_measured(
-    settings: SourceConfig, maker: SampleMaker, sizes: str = ""
+    settings: SourceConfig, maker: SampleMaker, sizes: str = "", max_bad_share: float = 0.0
 ) -> tuple[Source, np.ndarray | None]:
     """The source and its table, i32[n, 4], if it was measured with these settings.
 
@@ -47,10 +47,13 @@ def open_measured(
     a second. Raises as `open_source`.
     """
     where = folder(settings, sizes)
-    source = open_source(settings, maker, index=where)
+    how = {"max_bad_share": max_bad_share}
+    source = open_source(settings, maker, index=where, **how)
     table = None if where is None else _read(table_path(where, settings, source, maker), source)
     if table is None and isinstance(source, JsonlSource) and source.indexed:
-        source = open_source(settings, maker)  # which media are missing is not known
+        source = open_source(
+            settings, maker, max_bad_share=max_bad_share
+        )  # which media are missing is not known
     return source, table
 
 
@@ -79,7 +82,7 @@ def compute(
     record or the folder cannot be read or written.
     """
     settings, maker = config.sources[name], sample_maker(config)
-    source, table = open_measured(settings, maker, config.sizes)
+    source, table = open_measured(settings, maker, config.sizes, config.max_bad_share)
     if table is not None:
         progress(len(source), len(source))
         return table
@@ -123,7 +126,8 @@ def _open_worker(config: DataConfig, name: str) -> None:
     global _worker
     settings, maker = config.sources[name], sample_maker(config)
     where = folder(settings, config.sizes)
-    _worker = open_source(settings, maker, index=where), maker
+    share = config.max_bad_share
+    _worker = open_source(settings, maker, index=where, max_bad_share=share), maker
 
 
 def _measure_in_worker(start: int) -> np.ndarray:

@@ -42,18 +42,22 @@ class Source(Protocol):
 
 
 def open_source(
-    config: SourceConfig, known: Container[str] | None = None, *, index: Path | None = None
+    config: SourceConfig,
+    known: Container[str] | None = None,
+    *,
+    index: Path | None = None,
+    max_bad_share: float = 0.0,
 ) -> Source:
     """The source at `config.path`; FileNotFoundError or ValueError if it cannot be read as such.
 
     `known` holds the media there are; None leaves `missing` empty. `index` is the folder where the
-    index of a JSONL file may be.
+    index of a JSONL file may be, `max_bad_share` the share of its records that may be faulty.
     """
     if config.path.startswith("tfds:"):
         from data_pipeline.tfds_source import TfdsSource  # TFDS takes most of a second to import
 
         return TfdsSource(config)
-    return JsonlSource(config.path, known, index)
+    return JsonlSource(config.path, known, index, max_bad_share)
 
 
 _ERRORS_SHOWN = 5
@@ -64,10 +68,11 @@ _SPACE = tuple(" \t\n\r")
 class JsonlSource:
     """The records of one JSONL or JSON file; every record is checked when it is opened.
 
-    Raises FileNotFoundError, or ValueError naming the file, place and field of the first faults.
-    Records whose media `known` does not hold are no fault of the file: `missing` lists them.
-    If `index` is a folder where `write_index` left what it found in this very content, nothing is
-    checked again: then `indexed` is True and `missing` empty.
+    Raises FileNotFoundError, or ValueError naming the file, place and field of the first faults if
+    there are more than `max_bad_share`; a few are told when they are read. Records whose media
+    `known` does not hold are no fault of the file: `missing` lists them. If `index` is a folder
+    where `write_index` left what it found in this very content, nothing is checked again: then
+    `indexed` is True and `missing` empty.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class JsonlSource:
         path: str | os.PathLike,
         known: Container[str] | None = None,
         index: Path | None = None,
+        max_bad_share: float = 0.0,
     ):
         self.path = Path(path)
         if not self.path.is_file():
@@ -95,26 +101,38 @@ class JsonlSource:
             # Not a memory map: a file cut short while it is mapped kills the process.
             self._file = os.dup(file.fileno())
             weakref.finalize(self, os.close, self._file)
+        self._judge(max_bad_share)
 
     def _check(self, file: BinaryIO, known: Container[str] | None) -> np.ndarray:
-        """Where the records are, i64[n, 3]: first byte, end, number in the file."""
-        records, faults = [], []
+        """Where the records are, i64[n, 3]: first byte, end, number in the file, ~ if faulty."""
+        records = []
         for number, start, part in _parts(file, self.path):
             if not part.strip():
                 continue
             records.append((start, start + len(part), number))
             try:
                 record = parse_record(part, self._place.format(self.path.name, number))
-            except ValueError as error:
-                faults.append(f"  {error}")
+            except ValueError:
+                records[-1] = (start, start + len(part), ~number)
                 continue
             absent = (m.id for m in record.media if known is not None and m.id not in known)
             self.missing += [(record.id, media_id) for media_id in absent][:1]
-        if faults:
-            raise ValueError(_all_faults(self.path, faults))
         if not records:
             raise ValueError(f"annotation file {self.path} has no records")
         return np.array(records, np.int64)
+
+    def _judge(self, max_bad_share: float) -> None:
+        faulty = np.flatnonzero(self._records[:, 2] < 0)
+        if len(faulty) <= max_bad_share * len(self):
+            return
+        lines = [f"{len(faulty)} faulty records in {self.path}:"]
+        for index in faulty[:_ERRORS_SHOWN].tolist():
+            try:
+                self[index]
+            except ValueError as error:
+                lines.append(f"  {error}")
+        more = len(faulty) - _ERRORS_SHOWN
+        raise ValueError("\n".join(lines + [f"  and {more} more"] * (more > 0)))
 
     def _index_path(self, folder: Path) -> Path:
         return folder / f"{self.path.name}.index{_INDEX_VERSION}-{self.fingerprint}.npy"
@@ -129,9 +147,12 @@ class JsonlSource:
     def __getitem__(self, index: int) -> Record:
         start, end, number = self._records[index].tolist()
         part = os.pread(self._file, end - start, start)
+        faulty, number = number < 0, max(number, ~number)
         try:
             return parse_record(part, self._place.format(self.path.name, number))
         except ValueError as error:
+            if faulty:
+                raise
             raise ValueError(f"{self.path} was changed while it was in use: {error}") from None
 
 
@@ -149,15 +170,6 @@ def write_array(path: Path, array: np.ndarray) -> None:
     with open(temporary, "wb") as file:
         np.save(file, array)
     os.replace(temporary, path)
-
-
-def _all_faults(path: Path, faults: list[str]) -> str:
-    more = len(faults) - _ERRORS_SHOWN
-    return "\n".join(
-        [f"{len(faults)} faulty records in {path}:"]
-        + faults[:_ERRORS_SHOWN]
-        + [f"  and {more} more"] * (more > 0)
-    )
 
 
 def _parts(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -136,6 +136,11 @@ def test_what_would_stop_a_run_is_named_and_fails(root, capsys):
     out = capsys.readouterr().out
     assert "fails: source 'texts': 1 faulty records in" in out
     assert "texts.jsonl:1: no 'conversations'" in out
+    write(root / "texts.jsonl", [{"text": "a"}, {"question": "<image>"}])
+    assert call(root, "check", "--config.data.max_bad_share=0.7") == 0
+    out = capsys.readouterr().out
+    assert "texts: 1 of 2 records (50.00%) are dropped: what they say" in out
+    assert "record 1: texts.jsonl:2: no 'conversations'" in out
 
 
 def test_conversations_become_a_tfds_dataset_that_a_config_names(root, capsys):

@@ -66,6 +66,20 @@ def test_all_faults_of_a_file_are_told_at_once(tmp_path):
     assert str(error.value).endswith("and 2 more")
 
 
+def test_a_few_faulty_records_are_told_when_they_are_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", asked("one?"), asked("<video>", id="bad"), asked("three?"))
+    with pytest.raises(ValueError, match="1 faulty records in"):
+        JsonlSource(path, max_bad_share=0.3)
+    source = JsonlSource(path, max_bad_share=0.4)
+    source.write_index(tmp_path)
+    for same in (source, JsonlSource(path, index=tmp_path, max_bad_share=0.4)):
+        assert [same[i].turns[0].text for i in (0, 2)] == ["one?", "three?"]
+        with pytest.raises(ValueError, match=r"^a\.jsonl:2 \(id bad\): the text has 1 <video>"):
+            same[1]
+    with pytest.raises(ValueError, match=r"1 faulty records in .*\n  a\.jsonl:2 \(id bad\)"):
+        JsonlSource(path, index=tmp_path)
+
+
 def test_missing_media_are_listed_not_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", asked("<video>", video="a"), asked("<video>", video="b"))
     assert JsonlSource(path).missing == []
