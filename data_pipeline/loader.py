@@ -21,6 +21,7 @@ import grain
 import numpy as np
 
 from data_pipeline.batch import Batch, empty_batch
+from data_pipeline.canvas import frame_shape
 from data_pipeline.data_config import DataConfig, sample_maker
 from data_pipeline.filling import Canvases, Counts, RowFiller, patiently
 from data_pipeline.mixture import Mixture, draw_weights
@@ -29,7 +30,7 @@ from data_pipeline.samples import MISSING
 from data_pipeline.sizes import OUTCOME, TOKENS, measure, open_measured
 from data_pipeline.sources import Source, SourceConfig
 
-__all__ = ["WINDOW", "DataConfig", "LoadStats", "Loader", "SourceConfig", "sample_maker"]
+__all__ = ["WINDOW", "Counts", "DataConfig", "LoadStats", "Loader", "SourceConfig", "sample_maker"]
 
 WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fill
 _MANY = 100_000  # records that are better measured once than by every process
@@ -74,6 +75,7 @@ class Loader:
         if not config.sources:
             raise ValueError("the data config names no sources")
         self._config = config
+        frame_shape(config.layout, config.frame_size)  # says so now if there is no such thing
         self._num_steps = num_steps
         self._alone = process_count == 1
         rows = config.batch_size // process_count
@@ -196,9 +198,8 @@ class Loader:
     def empty(self) -> Batch:
         """This process's rows of a batch that is all padding."""
         config, rows = self._config, self._local.stop - self._local.start
-        return empty_batch(
-            rows, config.length, config.clips, config.frames_per_clip, config.frame_size
-        )
+        frames = config.frames_per_clip, config.frame_size, config.layout
+        return empty_batch(rows, config.length, config.clips, *frames)
 
     def _load(self, plan: Plan, step: int) -> tuple[Batch, LoadStats, tuple[int, int]]:
         config = self._config
