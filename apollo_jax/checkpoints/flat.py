@@ -47,7 +47,8 @@ def read(root: Path, folder: Path) -> companions.Files:
         fields = _below(_below(fields, "configs"), tower)
     if not isinstance(fields, dict) or not fields:
         raise ValueError(
-            f"{root / companions.CONFIG} does not say what {name} is; put its published "
+            f"{root / companions.CONFIG} does not say what {name} is "
+            f"({FIELDS[part]}{'.configs' * bool(tower)} has nothing of it); put its published "
             f"config.json into {folder}"
         )
     files = {n: file for n, file in beside.items() if n in DECODERS and part == layout.LLM}

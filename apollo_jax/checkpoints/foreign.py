@@ -13,12 +13,13 @@ from typing import Any
 
 from apollo_jax.checkpoints import adapters, companions, safetensors
 from apollo_jax.checkpoints.checkpoint import Part, Use, published_part, shapes
+from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.rules import lora
 from apollo_jax.checkpoints.rules.dialect import Dialect
 from apollo_jax.checkpoints.rules.fields import check_fields
 from apollo_jax.checkpoints.rules.table import misfit, slots
-from apollo_jax.checkpoints.sources import Source, Stored, open_npz, open_torch
+from apollo_jax.checkpoints.sources import Source, Stored, open_npz
 from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed, from_dialect, to_dialect
 
 PICKLES = (".bin", ".pt", ".pth", ".tar")

@@ -26,8 +26,8 @@ from apollo_jax.checkpoints.foreign import (
     foreign_part,
     open_pickled,
 )
+from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
-from apollo_jax.checkpoints.sources import open_torch
 from apollo_jax.checkpoints.translate import Arrays, Renamed
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.models import apollo

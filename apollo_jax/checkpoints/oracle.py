@@ -87,7 +87,7 @@ def run(
 ) -> tuple[list[np.ndarray], np.ndarray | None]:
     """The first layer's input and the output of every layer; logits or last features.
 
-    ValueError if the folder does not fit the class to the last tensor.
+    ValueError if the folder does not fit the class to the last tensor, or the class fails.
     """
     import torch  # pyright: ignore[reportMissingImports]
     import transformers  # pyright: ignore[reportMissingImports]
@@ -97,13 +97,14 @@ def run(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
         )
     except Exception as error:  # of many kinds, all about this folder
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"{name} of transformers cannot load it: {reason}") from error
+        raise ValueError(f"{name} of transformers cannot load it: {_first(error)}") from error
     if problems := [f"{kind}: {_few(keys)}" for kind, keys in info.items() if keys]:
         raise ValueError(f"{name} of transformers does not load all of it: {'; '.join(problems)}")
     encoder = next((getattr(model, e) for e in ENCODERS if hasattr(model, e)), model).eval()
     lists = (m for m in encoder.modules() if isinstance(m, torch.nn.ModuleList))
-    blocks: Any = next(m for m in lists if len(m) == c.num_hidden_layers)
+    blocks: Any = next((m for m in lists if len(m) == c.num_hidden_layers), None)
+    if blocks is None:
+        raise ValueError(f"{name} of transformers has no {c.num_hidden_layers} layers")
     states: list[np.ndarray] = []
 
     def keep(state: Any) -> None:
@@ -113,14 +114,23 @@ def run(
     for block in blocks:
         block.register_forward_hook(lambda _, inputs, output: keep(output))
     args, options = _asked(c, x)
-    with torch.no_grad():
-        out = encoder(*map(torch.tensor, args), **options)
+    try:
+        with torch.no_grad():
+            out = encoder(*map(torch.tensor, args), **options)
+    except Exception as error:
+        raise ValueError(
+            f"{name} of transformers fails on a fixed input: {_first(error)}"
+        ) from error
     match c:
         case qwen2.Config():
             return states, out.logits.numpy()
         case vjepa2.Config():
             return states, out.last_hidden_state.numpy()
     return states, None
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _few(keys: Any) -> str:

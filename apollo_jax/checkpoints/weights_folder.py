@@ -42,6 +42,8 @@ from apollo_jax.models import apollo
 
 WEIGHTS, PUBLISHED, UNUSED, LAYOUT = "weights", "published", "unused.safetensors", "layout.json"
 FORMAT = "apollo_jax weights"
+METADATA = "_METADATA"
+CHECKED = dict(id="zlib", level=0)  # bytes as they are, with a checksum for each chunk
 
 
 # ---- arrays
@@ -51,12 +53,21 @@ class OrbaxArrays:
     """The arrays of one Orbax item, a flat tree."""
 
     def __init__(self, path: Path):
-        metadata = json.loads((path / "_METADATA").read_text())["tree_metadata"]
-        keys = [".".join(k["key"] for k in leaf["key_metadata"]) for leaf in metadata.values()]
-        self._arrays = {key: ts.open(_spec(path, key), open=True).result() for key in keys}
+        self.path = path
+        self._arrays = {key: self._open(key) for key in _names(path / METADATA)}
         self.stored = {
             key: Stored(path.name, tuple(a.shape), a.dtype.name) for key, a in self._arrays.items()
         }
+
+    def _open(self, name: str) -> Any:
+        try:
+            return ts.open(_spec(self.path, name), open=True).result()
+        except Exception as error:  # of many kinds, all about these files
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> ValueError:
+        said = " ".join(str(error).split())[:160]
+        return ValueError(f"{self.path}: {name} is damaged or missing, copy it again ({said})")
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         stored = self.stored[name]
@@ -71,7 +82,10 @@ class OrbaxArrays:
         wide = (a for a, (n, chunk) in enumerate(zip(out.shape, chunks, strict=True)) if n > chunk)
         axis = next(wide, None)
         if out.nbytes <= BLOCK_BYTES or axis is None:
-            out[...] = self._arrays[name][index].read().result()
+            try:
+                out[...] = self._arrays[name][index].read().result()
+            except Exception as error:
+                raise self._damaged(name, error) from error
             return
         start, stop = index[axis].start, index[axis].stop
         middle = (start + stop) // 2
@@ -99,6 +113,17 @@ class OrbaxArrays:
             yield self.read(name, (slice(start, min(start + step, stored.shape[0])),))
 
 
+def _names(path: Path) -> list[str]:
+    """The arrays that an item's metadata lists. ValueError naming the file if it lists none."""
+    try:
+        leaves = json.loads(path.read_text())["tree_metadata"].values()
+        return [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: copy the checkpoint again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged, copy it again ({error!r})") from error
+
+
 def write_arrays(path: Path, source: Source) -> None:
     """An Orbax item with the tensors of `source`, written block by block."""
     skeleton = {name: np.zeros(1, np.int8) for name in source.stored}
@@ -106,7 +131,10 @@ def write_arrays(path: Path, source: Source) -> None:
         checkpointer.save(path.absolute(), skeleton)
     for name, stored in source.stored.items():
         metadata = dict(
-            shape=stored.shape, chunks=_chunks(stored), compressor=None, dtype=_zarr(stored.dtype)
+            shape=stored.shape,
+            chunks=_chunks(stored),
+            compressor=CHECKED,
+            dtype=_zarr(stored.dtype),
         )
         spec = _spec(path.absolute(), name) | dict(metadata=metadata)
         array = ts.open(spec, create=True, delete_existing=True).result()
@@ -226,8 +254,11 @@ def read_config(folder: Path) -> Any:
         config = from_dict(_KINDS[content["kind"]], content.get("model") or {})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / companions.CONFIG}: {error}") from error
+    where = str(folder / companions.CONFIG)
     if isinstance(config, apollo.Config):
-        layout.check_names(config.towers, str(folder / companions.CONFIG))
+        layout.check_names(config.towers, where)
+    for part in apollo_places(config).values() if isinstance(config, apollo.Config) else [config]:
+        layout.checked(part, where)
     return config
 
 

@@ -95,7 +95,7 @@ def config(folder: Path, read: Read = companions.read) -> Config | PartConfig:
     frames = [getattr(t, "num_frames", 0) for t in parts.values()]
     try:
         return Config(
-            towers={n: _at_layer(t, layer) for n, t in parts.items()},
+            towers={n: checked(_at_layer(t, layer), n) for n, t in parts.items()},
             connector=part_config(folder / CONNECTOR, read, connector.Config),
             llm=part_config(folder / LLM, read, qwen2.Config),
             clip_duration=fields["clip_duration"],
@@ -134,10 +134,18 @@ def part_config(folder: Path, read: Read = companions.read, *kinds: type) -> Any
 
 
 def checked(c: Any, where: str) -> Any:
-    """The config of a part, whose heads share its width equally; ValueError if they do not."""
+    """The config of a part, whose heads share its width and whose features lie in its layers.
+
+    ValueError if they do not.
+    """
     heads = getattr(c, "num_attention_heads", getattr(c, "num_heads", 1))
     if type(c) in TOWER_CONFIGS and (heads < 1 or c.hidden_size % heads):
         raise ValueError(f"{where}: {heads} heads do not divide a width of {c.hidden_size}")
+    if getattr(c, "built_layers", 1) < 1:
+        depth = c.built_layers - 1 - c.feature_layer
+        raise ValueError(
+            f"{where}: features at layer {c.feature_layer} of {depth} come before its first layer"
+        )
     return c
 
 
