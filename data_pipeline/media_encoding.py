@@ -54,9 +54,11 @@ class RecordSpool:
 
     def __init__(self, path: Path | None = None):
         self.path, self.sizes, self._memory, self._file = path, [], [], None
+        self._room = _MEMORY_BYTES
 
     def append(self, record: bytes) -> None:
-        if self.path is None or sum(map(len, self._memory)) + len(record) <= _MEMORY_BYTES:
+        self._room -= len(record)
+        if self.path is None or self._room >= 0:
             self._memory.append(record)
             return
         self._file = self._file or self.path.open("wb")

@@ -18,6 +18,7 @@ from data_pipeline.frame_shard_writer import shard_path, temporary_path
 from data_pipeline.frame_shards import ShardSpec
 from data_pipeline.media_encoding import MediaLimits
 from data_pipeline.media_files import Medium
+from data_pipeline.remote_files import is_remote
 from data_pipeline.worker_pool import TaskLimits
 
 PLAN = "plan.jsonl"
@@ -138,7 +139,10 @@ def begin_plan(output: Path, config: PredecodeConfig, media: Sequence[Medium]) -
     digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     job = {"plan": _VERSION, **config.planned, "media": len(media), "input": digest}
     if not (output / PLAN).exists():
-        _write_plan(output, job, cut(media, config.shards, config.shard_bytes))
+        found = [
+            m if is_remote(m.path) else m._replace(path=os.path.abspath(m.path)) for m in media
+        ]
+        _write_plan(output, job, cut(found, config.shards, config.shard_bytes))
     plan = Plan(output)
     begun = plan.job
     changed = [f"{k} {begun.get(k)} there, {v} now" for k, v in job.items() if begun.get(k) != v]
