@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from fsspec.utils import glob_translate
 
-from data_pipeline.remote_files import file_system, is_http, is_remote, relative
+from data_pipeline.remote_files import file_system, is_http, is_remote, real_fault, relative
 
 _MOST_NAMES = 1_000_000  # that braces may stand for
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -27,7 +27,11 @@ def list_folder(folder: str) -> list[tuple[str, int]]:
     """
     if not is_remote(folder):
         return sorted(_walk(folder, None))
-    return _remote(folder, folder, cast(dict, file_system(folder).find(folder, detail=True)))
+    try:
+        found = file_system(folder).find(folder, detail=True, **_strictly(folder))
+    except FileNotFoundError as error:
+        raise (real_fault(error) or FileNotFoundError(f"there is no folder {folder}")) from None
+    return _remote(folder, folder, cast(dict, found))
 
 
 def is_pattern(path: str) -> bool:
@@ -45,7 +49,8 @@ def list_matches(pattern: str) -> list[tuple[str, int]]:
     """(path, bytes) of the files that *, ?, [] and, for folders of any depth, ** match; sorted."""
     folder = literal_folder(pattern)
     if is_remote(pattern):
-        return _remote(pattern, folder, cast(dict, file_system(pattern).glob(pattern, detail=True)))
+        found = file_system(pattern).glob(pattern, detail=True, **_strictly(pattern))
+        return _remote(pattern, folder, cast(dict, found))
     if not os.path.isdir(folder or "."):
         return []
     matches = re.compile(glob_translate(pattern)).match
@@ -81,13 +86,18 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern]
 
 
+def _strictly(url: str) -> dict[str, str]:
+    """On http, which is listed page by page, a page that fails would be left out quietly."""
+    return {"on_error": "raise"} if is_http(url) else {}
+
+
 def _remote(source: str, folder: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, int]]:
     system = file_system(source)
     files = []
     for name, entry in found.items():
         path, size = system.unstrip_protocol(name), entry.get("size")
         hidden = any(part.startswith(".") for part in relative(path, folder).split("/"))
-        if entry["type"] == "file" and not hidden:
+        if entry.get("type") == "file" and not hidden:
             files.append((path, -1 if size is None else int(size)))
     system.invalidate_cache()  # a million files take a gigabyte of it
     return sorted(files)

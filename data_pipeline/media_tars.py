@@ -10,9 +10,9 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from data_pipeline.remote_files import is_http, open_file, patiently
+from data_pipeline.remote_files import is_http, open_file, patiently, real_fault
 
 _READ_AT_A_TIME = 64 << 10  # bytes: the small files after a video come with its header
 _TARS_AT_A_TIME = 16
@@ -43,10 +43,17 @@ def index_tars(paths: Sequence[str]) -> Iterator[TarIndex]:
         yield from pool.map(partial(patiently, index_tar), paths)
 
 
+def _opened(path: str) -> BinaryIO:
+    try:
+        return open_file(path, _READ_AT_A_TIME)
+    except FileNotFoundError as error:
+        raise (real_fault(error) or FileNotFoundError(f"there is no tar {path}")) from None
+
+
 def index_tar(path: str) -> TarIndex:
     """Regular files and hard links to them; of several with one name the last, as tar unpacks."""
     members = {}
-    with open_file(path, _READ_AT_A_TIME) as file:
+    with _opened(path) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():

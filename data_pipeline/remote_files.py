@@ -100,11 +100,30 @@ def is_folder(path: str) -> bool:
     """Whether files lie under that name; on http, where nobody can tell, if it ends with a /."""
     if is_http(path):
         return path.endswith("/")
-    return file_system(path).isdir(path) if is_remote(path) else os.path.isdir(path)
+    return _type(path) == "directory" if is_remote(path) else os.path.isdir(path)
 
 
 def is_file(path: str) -> bool:
-    return file_system(path).isfile(path) if is_remote(path) else os.path.isfile(path)
+    return _type(path) == "file" if is_remote(path) else os.path.isfile(path)
+
+
+def _type(path: str) -> str:
+    """fsspec's isdir and isfile would say no if the storage cannot be reached."""
+    try:
+        return file_system(path).info(path)["type"]
+    except FileNotFoundError as error:
+        if fault := real_fault(error):
+            raise fault from None
+        return ""
+
+
+def real_fault(error: Exception) -> BaseException | None:
+    """None if there is no such file. fsspec's http says so whatever went wrong; the cause knows."""
+    if not isinstance(error, FileNotFoundError):
+        return error
+    cause = error.__cause__
+    absent = isinstance(cause, FileNotFoundError) or getattr(cause, "status", 0) in (404, 410)
+    return None if absent else cause
 
 
 def open_file(path: str, chunk: int = _CHUNK, cache: str = "readahead") -> BinaryIO:
@@ -135,9 +154,10 @@ def read_range(
             if done < size:
                 raise OSError(f"it ended after {done} of {size} bytes")
             return
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # every storage has its own
+        except Exception as caught:  # every storage has its own
+            error = real_fault(caught)
+            if error is None:
+                raise
             if is_http(path) and chunk and isinstance(error, ValueError):
                 chunk = 0  # this server gives whole files only
                 continue
@@ -153,8 +173,9 @@ def patiently(read: Callable[[str], Result], path: str) -> Result:
     for wait in _WAITS:
         try:
             return read(path)
-        except Exception as error:
-            if not is_remote(path) or isinstance(error, FileNotFoundError) or _lasts(error):
+        except Exception as caught:
+            error = real_fault(caught)
+            if error is None or not is_remote(path) or _lasts(error):
                 raise
         time.sleep(wait)
     return read(path)
@@ -168,7 +189,7 @@ def _skip(file: BinaryIO, offset: int) -> None:
             offset -= len(piece)
 
 
-def _lasts(error: Exception) -> bool:
+def _lasts(error: BaseException) -> bool:
     """Whether asking again is useless."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     refused = isinstance(status, int) and 400 <= status < 500 and status not in _RETRIED_STATUS

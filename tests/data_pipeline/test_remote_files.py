@@ -321,3 +321,23 @@ def test_tars_on_a_web_server_need_ranges(site):
     else:
         with pytest.raises(ValueError, match=r"a.tar cannot be read in parts"):
             find_media(f"{url}a.tar")
+
+
+def test_a_server_that_is_down_is_not_a_missing_file(site, monkeypatch):
+    """fsspec's http calls both FileNotFoundError."""
+    _, url, _ = site
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    down = "http://127.0.0.1:1/"
+    with pytest.raises(VideoError, match="ClientConnector") as caught:
+        contents([Medium("x", "video", f"{down}a.mp4")])
+    assert (caught.value.reason, len(waits)) == ("io", 4)
+    for source in (down, f"{down}m.csv", f"{down}a.mp4", f"{down}*.mp4", f"{down}a.tar"):
+        with pytest.raises(ValueError, match=r"^http://127.0.0.1:1/\S* cannot be read: ClientConn"):
+            find_media(source)
+    with pytest.raises(FileNotFoundError, match="no folder .*gone/"):
+        find_media(f"{url}gone/")
+    with pytest.raises(FileNotFoundError, match="no tar .*gone"):
+        find_media([f"{url}gone.tar"])
+    with pytest.raises(FileNotFoundError, match="gone.csv does not exist"):
+        find_media(f"{url}gone.csv")
