@@ -31,12 +31,13 @@ from data_pipeline.media_index import MediaIndex
 from data_pipeline.record_files import RecordFiles
 
 MAGIC = b"AFS1"
+MANIFEST_VERSION = 1  # grows when a reader of the old version could not read the new one
 _PREFIX = struct.Struct("<4sII")  # magic, header bytes, number of frames
 _READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
 
 
 class FrameShardError(ValueError):
-    """A record that cannot be read; the message names shard and medium."""
+    """Stored bytes that cannot be read; the message names the file, and the medium."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,31 @@ def decode_segment(record: bytes) -> Segment:
     return header, [payload[a:b] for a, b in itertools.pairwise(offsets)]
 
 
+def parse_manifest(text: bytes, path: Path) -> dict[str, Any]:
+    """FrameShardError if it is damaged, ValueError if it is of a format of another time."""
+    try:
+        manifest = json.loads(text)
+        if manifest["format"] != MAGIC.decode():
+            raise ValueError(f"{path}: format {manifest['format']!r} is not {MAGIC.decode()}")
+        if manifest.get("version", 1) > MANIFEST_VERSION:
+            raise ValueError(
+                f"{path} is of version {manifest['version']}, this apollo_jax reads up to "
+                f"{MANIFEST_VERSION}: update it"
+            )
+        missing = [k for k in ("spec", "media", "frames", "shards") if k not in manifest]
+        facts = ("file", "records", "bytes", "sha256")
+        missing += [k for shard in manifest["shards"] for k in facts if k not in shard]
+        if missing:
+            raise LookupError(f"it does not say {missing[0]}")
+        float(manifest["spec"]["fps"])
+    except (json.JSONDecodeError, UnicodeDecodeError, LookupError, TypeError) as error:
+        raise FrameShardError(
+            f"{path} is damaged ({type(error).__name__}: {error}); `apollo-jax shards repair "
+            f"{path.parent}` writes it again"
+        ) from None
+    return manifest
+
+
 class FrameShards:
     """Random access to a complete directory of frame shards; picklable and thread-safe."""
 
@@ -144,15 +170,21 @@ class FrameShards:
                 f"make one with `apollo-jax predecode --output {self.path}` (rerun it to resume)"
             )
         text = manifest.read_bytes()
-        self.manifest = json.loads(text)
-        if self.manifest.get("format") != MAGIC.decode():
-            raise ValueError(f"{manifest}: format {self.manifest.get('format')!r} is not AFS1")
+        self.manifest = parse_manifest(text, manifest)
         self.fingerprint = hashlib.sha256(text).hexdigest()
         known = {f.name for f in fields(ShardSpec)}
         self.spec = ShardSpec(**{k: v for k, v in self.manifest["spec"].items() if k in known})
         self.index = MediaIndex(self.path / "index.npz")
         self._columns = self.index.columns
         shards = self.manifest["shards"]
+        if (len(self), True) != (
+            self.manifest["media"],
+            self._columns["shard"].max() < len(shards),
+        ):
+            raise ValueError(
+                f"{self.path}: index.npz does not fit manifest.json; `apollo-jax shards repair "
+                f"{self.path}` writes both again"
+            )
         self._files = RecordFiles([self.path / (s["file"] or "") for s in shards])
         there = set(os.listdir(self.path))  # one request, where a stat per shard would be many
         for shard in shards:

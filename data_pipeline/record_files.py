@@ -12,7 +12,8 @@ from typing import ClassVar
 from array_record.python.array_record_module import ArrayRecordReader
 
 # An open file costs a descriptor, of which processes often get 1024, and about 60 kB.
-MAX_OPEN = min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+_ALLOWED = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+MAX_OPEN = min(1024, _ALLOWED // 2) if _ALLOWED > 0 else 1024  # negative: no limit
 
 
 class RecordFiles:

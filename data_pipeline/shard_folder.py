@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.frame_shards import MAGIC
+from data_pipeline.frame_shards import FrameShardError, parse_manifest
 from data_pipeline.media_index import INDEX_DTYPES, MediaIndex
 
 FACTS = ("file", "records", "bytes", "sha256")  # in a sidecar and in the manifest
@@ -132,18 +132,12 @@ def _read_plan(folder: Folder) -> tuple[dict[str, Any], int] | None:
 
 
 def _read_manifest(folder: Folder) -> None:
+    path = folder.path / "manifest.json"
     try:
-        manifest = json.loads((folder.path / "manifest.json").read_bytes())
-        if manifest["format"] != MAGIC.decode():
-            raise ValueError(f"format {manifest['format']!r} is not {MAGIC.decode()}")
-        missing = [k for k in ("media", "frames") if k not in manifest]
-        missing += [k for shard in manifest["shards"] for k in FACTS if k not in shard]
-        if missing:
-            raise ValueError(f"it does not say {missing[0]}")
-        _segment_frames(manifest["spec"])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        return folder.add("manifest.json", f"is damaged: {type(error).__name__}: {error}")
-    folder.manifest = manifest
+        folder.manifest = parse_manifest(path.read_bytes(), path)
+    except FrameShardError as error:  # not one of a later version, which is as it should be
+        what, _, _ = str(error).removeprefix(f"{path} ").partition("; `")
+        folder.add(path.name, what)
 
 
 def _read_index(folder: Folder) -> None:

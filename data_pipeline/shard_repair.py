@@ -64,7 +64,9 @@ def repair(
     folder holds no frame shards, ValueError if no sound medium is left.
     """
     folder, done = open_folder(Path(path)), Repair()
-    plan = Plan(folder.path) if (folder.path / PLAN).exists() else None
+    plan = None  # also if it is damaged: then manifest and index say enough
+    if (folder.path / PLAN).exists() and not any(p.file == PLAN for p in folder.problems):
+        plan = Plan(folder.path)
     damaged = check_folder(folder, decode, workers)
     if redo and plan is None:
         raise ValueError(f"{path} has no {PLAN}: predecode cannot make single shards of it again")

@@ -40,9 +40,13 @@ def _ls(args: argparse.Namespace) -> None:
             length = clock(row["duration"]) if row["kind"] == "video" else "-"
             print(
                 f"{row['kind']}  {size:>9}  {length:>9}  {row['stored_frames']:>6} frames  "
-                f"frames-{row['shard']:05d}  {row['id']}"
+                f"frames-{row['shard']:05d}  {_printable(row['id'])}"
             )
     print(f"{count} of {len(shards)} media in {args.path}", file=sys.stderr)
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else json.dumps(name)
 
 
 def facts(shards: FrameShards, media_id: str) -> dict[str, Any]:

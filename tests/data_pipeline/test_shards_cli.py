@@ -198,6 +198,8 @@ def test_an_index_that_does_not_fit(folder):
     frames = columns["stored_frames"] * 3
     assert "instead of 10 with" in lines_with(stored_frames=frames)[0]
     assert "unknown shards" in lines_with(shard=columns["shard"] + 50)[0]
+    with pytest.raises(ValueError, match=r"does not fit manifest.json; `apollo-jax shards repair"):
+        FrameShards(folder)
     names = bytes(columns["ids"]).decode().replace("0.mp4", "1.mp4").encode()
     assert "'1.mp4' is there twice" in lines_with(ids=np.frombuffer(names, np.uint8))[0]
     # What the sidecar and the index say of a medium must be the same.
@@ -217,9 +219,16 @@ def test_a_manifest_of_another_making(folder):
     manifest["index_sha256"] = "1" * 64
     path.write_text(json.dumps(manifest))
     assert lines_of(folder)[0].startswith("index.npz: is not the one that manifest.json names")
-    for text in ("{", "{}", "[]", '{"format": "AFS9"}', path.read_text().replace("media", "m")):
+    for text in ("{", "{}", "[]", '{"format": "AFS1"}', path.read_text().replace("media", "m")):
         path.write_text(text)
         assert lines_of(folder)[0].startswith("manifest.json: is damaged")
+        with pytest.raises(ValueError, match=r"manifest.json is damaged .*shards repair"):
+            FrameShards(folder)
+    for changes, message in (({"format": "AFS9"}, "format 'AFS9'"), ({"version": 9}, "update")):
+        path.write_text(json.dumps(manifest | changes))  # of a later time, not damaged
+        for read in (FrameShards, verify):
+            with pytest.raises(ValueError, match=message):
+                read(folder)
 
 
 def test_unfinished_and_foreign_folders(folder, tmp_path):
