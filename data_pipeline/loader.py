@@ -96,7 +96,8 @@ class Loader:
         self._sources: dict[str, Source] = {}
         tables: dict[str, np.ndarray | None] = {}
         for name, settings in config.sources.items():
-            source, table = open_measured(settings, self._maker, config.sizes)
+            share = config.max_bad_share
+            source, table = open_measured(settings, self._maker, config.sizes, share)
             _judge_missing(name, source, table, config)
             self._sources[name], tables[name] = source, table
         numbers = {name: len(source) for name, source in self._sources.items()}
