@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Manifests: tables and lists that name media, one record after the other in bounded memory.
 
-JSONL, CSV, TSV and parquet (the first three also as .gz) name media in the fields
+JSONL, CSV, TSV (these three also as .gz), parquet, and JSON arrays as LLaVA publishes them (held in
+memory whole) name media in the fields
 
     video, image, images    the name, or in JSONL and parquet a list of names, as annotations
                             know the medium: its id is that name
@@ -29,7 +30,7 @@ from data_pipeline.remote_files import open_file, suffix
 _NAMES = {"video": "video", "image": "image", "images": "image"}  # field -> kind
 _PLACES = ("path", "url")
 FIELDS = (*_NAMES, *_PLACES)
-MANIFESTS = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt", ".lst")
+MANIFESTS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".lst")
 _ROWS = 4096  # of a parquet file in memory at a time
 
 
@@ -62,6 +63,8 @@ def read_manifest(path: str) -> Iterator[Named]:
             records = _table(_text(file, path), path, "\t" if form == ".tsv" else ",")
         elif form == ".parquet":
             records = _parquet(file, path)
+        elif form == ".json":
+            records = _json_array("".join(_text(file, path)), path)
         else:
             records = _json_lines(_text(file, path), path)
         yield from _named(records, path)
@@ -157,6 +160,16 @@ def _json_lines(lines: Iterator[str], path: str) -> Iterator[tuple[int, dict]]:
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number}: expected an object, got {type(record).__name__}")
         yield number, record
+
+
+def _json_array(text: str, path: str) -> Iterator[tuple[int, dict]]:
+    try:
+        entries = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path}: a .json file is one array of objects")
+    yield from enumerate(entries)
 
 
 def _table(lines: Iterator[str], path: str, delimiter: str) -> Iterator[tuple[int, dict]]:

@@ -156,7 +156,7 @@ class SampleMaker:
     def _store(self, media_id: str, record: Record | None) -> Any:
         """Who holds a medium: the record itself, the first shards that have it, or None."""
         own = None if record is None else record.store
-        stores = self.shards if own is None else [own]
+        stores = self.shards if own is None else [own, *self.shards]
         return next((store for store in stores if media_id in store), None)
 
     def _count(self, video: MediaInfo, record: Record) -> int:

@@ -16,7 +16,7 @@ FREE = (
     "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
     "evaluation.*", "mesh.*", "init_from", "init_parts.*", "data.frames", "data.tokenizer",
     "data.threads", "data.prefetch", "data.max_bad_share", "data.sources.*.path", "data.sizes",
-    "data.layout",
+    "data.sources.*.data_dir", "data.layout",
 )  # fmt: skip
 
 

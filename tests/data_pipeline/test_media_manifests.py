@@ -25,6 +25,8 @@ def write(path, rows):
         return path
     if ending == "jsonl":
         text = "".join(json.dumps(row) + "\n" for row in rows)
+    elif ending == "json":
+        text = json.dumps(rows)
     else:
         lines = [list(rows[0]), *(row.values() for row in rows)]
         text = "".join(("\t" if ending == "tsv" else ",").join(line) + "\r\n" for line in lines)
@@ -32,7 +34,7 @@ def write(path, rows):
     return path
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "tsv", "parquet", "csv.gz", "jsonl.gz"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "tsv", "parquet", "csv.gz", "jsonl.gz"])
 def test_every_format_says_the_same(tmp_path, ending):
     media = find_media(write(tmp_path / f"m.{ending}", ROWS))
     assert [(m.id, m.kind) for m in media] == [("a b.mp4", "video"), ("é.png", "image")]
@@ -99,6 +101,8 @@ def test_quoted_cells(tmp_path):
         ("m.jsonl", '\n{"video": \n', r"m.jsonl:2: not JSON"),
         ("m.jsonl", '"a.mp4"\n', r"m.jsonl:1: expected an object, got str"),
         ("m.jsonl", '[{"video": "a.mp4"}]', r"m.jsonl:1: a JSON array; .*jq"),
+        ("m.json", '{"video": "a.mp4"}', r"m.json: a .json file is one array of objects"),
+        ("m.json", '[{"video": "a.mp4"},', r"m.json is not JSON"),
         ("m.jsonl", '{"video": "a.tar"}', r"m.jsonl:1: a.tar is a tar"),
         ("m.txt", "\n", r"m.txt names no media"),
         ("m.jsonl", b'{"video": "\xff"}', r"m.jsonl is not UTF-8 text"),

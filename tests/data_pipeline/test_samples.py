@@ -100,6 +100,16 @@ def test_what_a_longer_row_would_hold():
     assert maker.info("none") is None
 
 
+def test_media_inside_a_record_come_before_those_of_the_shards():
+    inside: Any = Shards(minute=("video", 2))
+    turns = (Turn("user", "<video> <video>"), Turn("assistant", "That."))
+    media = (Media("video", "minute"), Media("video", "hour"))
+    maker = SampleMaker([SHARDS], TOKENIZER, ClipSampling(max_clips=9), 8, 10**6, 99)
+    sample = maker.make(Record("r", turns, media, store=inside))
+    assert [store is inside for store, _, _ in sample.media] == [True, False]
+    assert [len(part) for part in frames(sample)] == [1, 9]
+
+
 def test_what_cannot_fit_says_why():
     with pytest.raises(Unusable, match="3 media need more than the 2 clip slots") as error:
         make(["a", "b", "minute"], clips=2)
