@@ -32,6 +32,7 @@ from data_pipeline.record_files import RecordFiles
 
 MAGIC = b"AFS1"
 MANIFEST_VERSION = 1  # grows when a reader of the old version could not read the new one
+RECORD_VERSION = 1  # likewise
 _PREFIX = struct.Struct("<4sII")  # magic, header bytes, number of frames
 _READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
 
@@ -96,7 +97,7 @@ def encode_segments(
         grid = range(segment * spec.segment_frames, segment * spec.segment_frames + len(part))
         header: bytes = msgpack.packb(  # pyright: ignore[reportAssignmentType]
             {
-                "v": 1,
+                "v": RECORD_VERSION,
                 "id": media_id,
                 "seg": segment,
                 "layer": 0,
@@ -128,6 +129,8 @@ def decode_segment(record: bytes) -> Segment:
     view = memoryview(record)
     at = _PREFIX.size + header_bytes
     header = msgpack.unpackb(view[_PREFIX.size : at])
+    if header["v"] != RECORD_VERSION:
+        raise ValueError(f"a record of version {header['v']}, not {RECORD_VERSION}")
     offsets = np.frombuffer(record, "<u4", count + 1, at).tolist()
     payload = view[at + 4 * (count + 1) :]
     return header, [payload[a:b] for a, b in itertools.pairwise(offsets)]
