@@ -28,7 +28,7 @@ import data_readers
 import data_storage
 from data_media import Film, Rows, film
 
-LAYOUTS = ("rgb",)
+LAYOUTS = ("rgb", "yuv420")
 # film, at most so many clips (0 = 2 frames of every second), what we aim at against decord
 CASES = {
     "720p, dense": ("720p", 0, 190),

@@ -2,8 +2,8 @@
 """What benchmarks/data.py reads: mp4 files of natural-like content, their shards, tars and records.
 
 The content is calibrated, not beautiful: cut, panned and zoomed textures of all scales with grain
-and moving objects, so that x264 needs about as many bits as for natural video of that size (2 Mb/s
-at 720p) and a stored frame about as many bytes (15 kB). `--video FILE` puts a film of your own in.
+and moving objects, at a bit rate usual for natural video (2 Mb/s at 720p), of which a stored frame
+has about as many bytes (15 kB). `--video FILE` puts a film of your own in its place.
 """
 
 import io
@@ -114,7 +114,8 @@ def _store(path: Path, shards: Path, tar: Path) -> tuple[float, float]:
 def _mux(container: Any, seconds: float, height: int) -> None:
     """Encodes LOOP seconds and repeats their packets until the video is `seconds` long."""
     width = round(height * 16 / 9 / 2) * 2
-    stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "23"})
+    stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
+    stream.bit_rate = round(2e6 * (height / 720) ** 1.6)
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     count = round(min(seconds, LOOP) * FPS)
     packets = []
@@ -134,7 +135,7 @@ def _mux(container: Any, seconds: float, height: int) -> None:
 def _pictures(count: int, height: int, width: int) -> Iterator[np.ndarray]:
     """u8[h, w, 3]: a camera over textures, cut every SCENE seconds, objects in front of it."""
     rng = np.random.default_rng(0)
-    grain = rng.normal(0, 4.6, (8, height, width, 1)).astype(np.float32)
+    grain = rng.normal(0, 4.0, (8, height, width, 1)).astype(np.float32)
     texture = np.zeros(0)
     for number in range(count):
         t = number / FPS % SCENE
