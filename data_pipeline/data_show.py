@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.loader import DataConfig, sample_maker
+from data_pipeline.data_config import DataConfig, sample_maker
 from data_pipeline.samples import Sample
+from data_pipeline.sizes import folder
 from data_pipeline.sources import open_source
 from data_pipeline.tokenizer import Tokenizer
 
@@ -24,12 +25,16 @@ def show(config: DataConfig, source_name: str | None, index: int, picture: Path)
     Raises ValueError or FileNotFoundError for an unknown source or index, or a bad record.
     """
     name = _known(source_name, config)
-    source = open_source(config.sources[name], max_bad_share=1.0)
+    settings = config.sources[name]
+    source = open_source(settings, index=folder(settings, config.sizes), max_bad_share=1.0)
     if not 0 <= index < len(source):
         raise ValueError(f"--index {index}: source {name!r} has records 0 to {len(source) - 1}")
     maker = sample_maker(config)
     record = source[index]
-    sample = maker.make(record)
+    try:
+        sample = maker.make(record)
+    except ValueError as error:
+        raise ValueError(f"{name}[{index}], id {record.id}, makes no sample: {error}") from error
     tokens, learnt = len(sample.text.tokens), int((sample.text.loss_weights > 0).sum())
     lines = [
         f"{name}[{index}], id {sample.id}",

@@ -33,6 +33,7 @@ from data_pipeline.sources import SourceConfig
 PREFIX = "tfds:"
 _RAW = tfds.decode.DeserializeMethod.RAW_BYTES  # no picture is decoded to know a length
 _FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+_SAMPLED = 16  # records, for the fingerprint
 _FACTS = [field.name for field in fields(MediaInfo)]
 
 
@@ -66,9 +67,9 @@ class TfdsSource:
         self._pictures = [name for name, feature in self._features.items() if _has_images(feature)]
         self._image = self._image_field()
         self.missing: list[tuple[str, str]] = []  # would take reading all of it
-        self.fingerprint = _fingerprint(builder, split, config)
         if not len(self):
             raise ValueError(f"{config.path} has no records")
+        self.fingerprint = self._fingerprint(builder, split)
         try:
             self[0]
         except ValueError as error:
@@ -101,6 +102,17 @@ class TfdsSource:
         record = read_record(entry, place)
         store = RecordMedia(images, stored) if images or stored else None
         return replace(record, store=store)
+
+    def _fingerprint(self, builder: Any, split: str) -> str:
+        """Of name, version, split, templates, what TFDS knows of the files, and a few records."""
+        digest, config = hashlib.sha256(), self._config
+        for name in ("dataset_info.json", "features.json"):
+            digest.update((tfds.core.Path(builder.data_dir) / name).read_bytes())
+        how = [builder.info.full_name, split, config.image, config.question, config.answer]
+        digest.update(repr(how).encode())
+        for index in np.linspace(0, len(self) - 1, _SAMPLED).astype(int).tolist():
+            digest.update(self._records[index])  # built again, lengths may well be the same
+        return digest.hexdigest()[:16]
 
     def _image_field(self) -> str:
         """The field with the pictures, '' if there is none."""
@@ -184,13 +196,3 @@ def _there(data_dir: str) -> str:
     found = Path(data_dir).glob("*/**/features.json") if data_dir else ()
     names = sorted(str(path.parent.relative_to(data_dir)) for path in found)
     return f", which has {', '.join(names)}" if names else ""
-
-
-def _fingerprint(builder: Any, split: str, config: SourceConfig) -> str:
-    """Name, version, split, checksums and lengths of the files, and what is made of the fields."""
-    digest = hashlib.sha256()
-    for name in ("dataset_info.json", "features.json"):
-        digest.update((tfds.core.Path(builder.data_dir) / name).read_bytes())
-    how = [builder.info.full_name, split, config.image, config.question, config.answer]
-    digest.update(repr(how).encode())
-    return digest.hexdigest()[:16]

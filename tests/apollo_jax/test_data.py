@@ -184,6 +184,10 @@ def test_a_sample_is_shown_with_a_picture_of_its_frames(root, capsys):
     [
         (["show", "--source", "video"], "no source 'video'.*did you mean 'videos'"),
         (["show", "--index", "-1"], "--index -1: source 'videos' has records 0 to 5"),
+        (
+            ["show", "--config.data.length=20"],
+            r"videos\[0\], id q0, makes no sample: needs \d+",
+        ),
         (["check", "--config.data.tokenizer=REQUIRED"], "add --config.data.tokenizer=PATH"),
         (["check", "--config.data.frames=nowhere"], "nowhere is no complete set of frame shards"),
         (["check", "--config.data.lenght=9"], "did you mean config.data.length"),

@@ -93,10 +93,20 @@ class Pairs(Builder, skip_registration=True):
         }
 
 
+class Stories(Builder, skip_registration=True):
+    """Plain texts."""
+
+    FEATURES = {"title": text(), "text": text()}  # noqa: RUF012
+    ENDING = "."
+
+    def example(self, number):
+        return {"title": "A story", "text": f"Once upon a time {number}{self.ENDING}"}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tfds")
-    for cls in (Animals, Pairs):
+    for cls in (Animals, Pairs, Stories):
         cls(data_dir=str(root), file_format="array_record").download_and_prepare()
     return root
 
@@ -137,6 +147,23 @@ def test_datasets_of_conversations_need_no_template(root):
         assert (np.abs(canvas[:, :, 8, 8].astype(int) - shade) < 3).all()
 
 
+def test_plain_texts_are_learnt_whole(root):
+    stories = source(root, "tfds:stories@test")
+    assert {stories[i].turns for i in range(2)} == {
+        (Turn("text", f"Once upon a time {n}."),) for n in range(2)
+    }
+
+
+def test_the_fingerprint_changes_with_the_records(root, tmp_path):
+    class Changed(Stories, skip_registration=True):
+        name, ENDING = "stories", "!"
+
+    Changed(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    then, now = (source(folder, "tfds:stories@train") for folder in (root, tmp_path))
+    assert now[0].turns[0].text.endswith("!")
+    assert now.fingerprint != then.fingerprint
+
+
 def test_splits_may_be_cut_and_a_folder_named(root):
     path = f"tfds:{root}/pairs/1.0.0@train[25%:]+test"
     assert len(open_source(SourceConfig(path, image="pictures"))) == 8
@@ -155,7 +182,7 @@ def test_the_fingerprint_tells_datasets_splits_and_templates_apart(root):
     ("path", "fields", "message"),
     [
         ("tfds:animals", {}, "names no split; write tfds:animals@train"),
-        ("tfds:animls@train", {}, r"no such dataset in .*, which has animals/1\.0\.0, pairs"),
+        ("tfds:animls@train", {}, r"no such dataset in .*, which has animals/1\.0\.0, pairs/1"),
         ("tfds:animals@valid", {"answer": "a"}, r"Unknown split 'valid'.*'train', 'test'"),
         ("tfds:animals@train", {}, r"no 'conversations'.*among its fields.*question= and answer="),
         ("tfds:animals@train", {"answer": "{lable}"}, r"'{lable}' asks for .*fields are .*label"),
