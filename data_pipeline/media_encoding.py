@@ -235,8 +235,8 @@ def _check_header(
 ) -> None:
     """Refuses what is too large or too long without decoding it."""
     _check_size(path, stream.codec_context, limits)
-    # Frames that grow later are refused by the decoder itself.
-    stream.codec_context.options = {"max_pixels": str(limits.pixels)}
+    # Frames that grow later are looked at when they are decoded, unless that alone is a danger.
+    stream.codec_context.options = {"max_pixels": str(4 * limits.pixels)}
     tick = float(stream.time_base or 0)
     stated = max((stream.duration or 0) * tick, (container.duration or 0) / 1e6)
     if stated <= 3600 * limits.hours:

@@ -65,8 +65,8 @@ def make_shards(
 ) -> None:
     """Makes those of `shards` that are unfinished, one after the other, each at once or not at all.
 
-    OSError if the disk is full, or if all media of a shard that were there when it was planned
-    are gone: then something is wrong with this machine.
+    OSError if the disk is full, FileNotFoundError if all media of a shard are gone that were there
+    when it was planned: then something is wrong with this machine.
     """
     todo = [shard for shard in shards if plan.sidecar(shard) is None]
     with tempfile.TemporaryDirectory(prefix="predecode-") as scratch:
@@ -103,7 +103,7 @@ def _make_shard(
                 status.count(isinstance(result, Casualty))
         lost = all(entry["reason"] in _LOST for entry in shard.rejected)
         if lost and not shard.media and all(task.medium.size > 0 for task in tasks):
-            raise OSError(
+            raise FileNotFoundError(
                 f"none of the {len(tasks)} media of shard {number} can be read, though they were "
                 f"there when it was planned ({tasks[0].medium.path}): is the input mounted here?"
             )

@@ -61,7 +61,7 @@ class Videos:
         """`pts` in milliseconds makes the frame rate variable."""
         movflags = {"movflags": "faststart"} if faststart else {}
         with av.open(str(path), "w", options=movflags) as container:
-            stream: Any = container.add_stream(codec, rate=fps, options=_OPTIONS[codec])
+            stream: Any = container.add_stream(codec, rate=fps, options=_OPTIONS.get(codec, {}))
             stream.height, stream.width = size
             stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
             stream.codec_context.gop_size = gop
