@@ -86,7 +86,7 @@ def expand_braces(pattern: str) -> list[str]:
     return [pattern]
 
 
-def _strictly(url: str) -> dict[str, str]:
+def _strictly(url: str) -> dict[str, Any]:
     """On http, which is listed page by page, a page that fails would be left out quietly."""
     return {"on_error": "raise"} if is_http(url) else {}
 

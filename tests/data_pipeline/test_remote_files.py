@@ -335,9 +335,9 @@ def test_a_server_that_is_down_is_not_a_missing_file(site, monkeypatch):
     for source in (down, f"{down}m.csv", f"{down}a.mp4", f"{down}*.mp4", f"{down}a.tar"):
         with pytest.raises(ValueError, match=r"^http://127.0.0.1:1/\S* cannot be read: ClientConn"):
             find_media(source)
-    with pytest.raises(FileNotFoundError, match="no folder .*gone/"):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*gone/"):
         find_media(f"{url}gone/")
-    with pytest.raises(FileNotFoundError, match="no tar .*gone"):
+    with pytest.raises(FileNotFoundError, match=r"no tar .*gone"):
         find_media([f"{url}gone.tar"])
-    with pytest.raises(FileNotFoundError, match="gone.csv does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv does not exist"):
         find_media(f"{url}gone.csv")
