@@ -46,11 +46,27 @@ def check_shard(task: ShardTask) -> list[Problem]:
             Problem(task.sidecar, "and index.npz disagree", media_id)
             for media_id in _disagreements(shard["media"], task.media)
         ]
-    # The sidecar is what its shard was committed with; index and manifest only repeat it.
-    facts, media = shard or task.facts, shard["media"] if shard else task.media
+    facts, media = task.facts, task.media
+    if shard and sidecar_is_right(task, shard):
+        facts, media = shard, shard["media"]
     if facts is None or media is None:
-        return [*problems, Problem(task.sidecar, "nothing says what its shard should hold")]
+        what = "and nothing else says what its shard holds; `repair --redo` gives it to predecode"
+        return [*problems, Problem(task.sidecar, what)]
     return problems + (_check_file(task, facts, media) if facts["file"] else [])
+
+
+def sidecar_is_right(task: ShardTask, shard: dict[str, Any]) -> bool:
+    """Whether to believe a sidecar, and not manifest and index, where they differ.
+
+    Those have checksums; but an interrupted repair leaves them behind the sidecar and its file.
+    """
+    if task.facts is None or task.media is None:
+        return True
+    path = task.folder / (shard["file"] or task.sidecar)
+    if shard["sha256"] == task.facts["sha256"] or not path.exists():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == shard["sha256"]
 
 
 def _disagreements(there: list[dict[str, Any]], here: list[dict[str, Any]]) -> list[str]:

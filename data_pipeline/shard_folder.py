@@ -113,19 +113,22 @@ def open_folder(path: Path) -> Folder:
             f"{path}: neither manifest.json nor {PLAN} say how its shards were made ({found}); "
             "`apollo-jax predecode` into another folder makes them again"
         )
+    if plan and folder.manifest and folder.manifest.get("plan_sha256", plan[2]) != plan[2]:
+        folder.add(PLAN, "is not the one that manifest.json names; predecode cannot continue it")
     folder.segment_frames = _segment_frames(folder.spec)
     total = plan[1] if plan else max(finished, default=-1) + 1
     _check_names(folder, names, len(folder.shards) if folder.manifest else total)
     return folder
 
 
-def _read_plan(folder: Folder) -> tuple[dict[str, Any], int] | None:
-    """The settings of the job and its number of shards, from plan.jsonl."""
+def _read_plan(folder: Folder) -> tuple[dict[str, Any], int, str] | None:
+    """The settings of the job, its number of shards, and the checksum of plan.jsonl."""
     try:
-        header, *shards = (folder.path / PLAN).read_bytes().splitlines()
+        data = (folder.path / PLAN).read_bytes()
+        header, *shards = data.splitlines()
         spec = json.loads(header)
         _segment_frames(spec)
-        return spec, len(shards)
+        return spec, len(shards), hashlib.sha256(data).hexdigest()
     except (ValueError, LookupError, TypeError) as error:
         folder.add(PLAN, f"is damaged: {type(error).__name__}: {error}")
         return None

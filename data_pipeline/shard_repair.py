@@ -23,8 +23,15 @@ from data_pipeline.frame_shards import MAGIC, MediaInfo, ShardSpec, decode_segme
 from data_pipeline.predecode import merge
 from data_pipeline.predecode_plan import DEFAULTS, Plan
 from data_pipeline.record_files import open_records
-from data_pipeline.shard_checks import RECORD_ERRORS, check_folder, check_record, check_shard
+from data_pipeline.shard_checks import (
+    RECORD_ERRORS,
+    check_folder,
+    check_record,
+    check_shard,
+    sidecar_is_right,
+)
 from data_pipeline.shard_folder import (
+    COLUMNS,
     FACTS,
     PLAN,
     Folder,
@@ -111,13 +118,16 @@ def _mend(
     done: Repair,
 ) -> None:
     """Makes one shard and its sidecar sound."""
-    try:
-        sidecar, restored = read_sidecar(task), False
-    except (FileNotFoundError, ValueError):
-        if task.facts is None or task.media is None:
-            done.remaining += problems  # nothing says what was in there
-            return
-        sidecar, restored = _sidecar_of(task, folder, plan), True
+    there = None
+    with suppress(FileNotFoundError, ValueError):
+        there = read_sidecar(task)
+    if there and sidecar_is_right(task, there):
+        sidecar = there
+    elif task.facts is None or task.media is None:
+        done.remaining += problems  # nothing says what was in there
+        return
+    else:
+        sidecar = _sidecar_of(task, there or _lost_sidecar(task, folder, plan))
     if any(problem.file == sidecar["file"] for problem in problems):
         try:
             good, dropped = _salvage(task, sidecar)
@@ -131,31 +141,35 @@ def _mend(
         done.lines += [f"{sidecar['file']}: {p.media_id!r} dropped: {p.what}" for p in dropped]
         if not dry_run:
             _rewrite(task, sidecar, good, dropped)
-    elif restored:
+    elif sidecar != there:
         done.lines.append(f"{task.sidecar}: written again from index.npz")
         if not dry_run:
             write_atomic(task.folder / task.sidecar, json.dumps(sidecar).encode())
 
 
-def _sidecar_of(task: ShardTask, folder: Folder, plan: Plan | None) -> dict[str, Any]:
-    """A lost sidecar as far as manifest, index, plan and quarantine know it."""
+def _sidecar_of(task: ShardTask, there: dict[str, Any]) -> dict[str, Any]:
+    """A sidecar as manifest and index have it, with what only the one there says."""
     assert task.facts is not None
     assert task.media is not None
-    sidecar = {name: task.facts[name] for name in FACTS}
-    sidecar["media"] = [
-        {**{k: v for k, v in row.items() if k not in ("is_video", "shard")}, "notes": {}}
-        | {"kind": "video" if row["is_video"] else "image"}
-        for row in task.media
-    ]
-    sidecar["rejected"] = []
-    if plan:
+    noted, media = {row["id"]: row for row in there["media"]}, []
+    for row in task.media:
+        known = noted.get(row["id"], {"notes": {}})
+        columns = {k: row[k] for k in ("id", *COLUMNS)}
+        media.append({**known, **columns, "kind": "video" if row["is_video"] else "image"})
+    return {**there, **{k: task.facts[k] for k in FACTS}, "media": media}
+
+
+def _lost_sidecar(task: ShardTask, folder: Folder, plan: Plan | None) -> dict[str, Any]:
+    """What plan and quarantine know of the media that a shard does not hold."""
+    sidecar: dict[str, Any] = {"media": [], "rejected": []}
+    if plan and task.media is not None:
         sidecar |= {"plan": plan.digest, "made_with": {}}
         for name, known in (folder.manifest or {}).get("made_with", {}).items():
             sidecar["made_with"][name] = known[0]
         stored, reasons = {row["id"] for row in task.media}, _quarantine(folder.path)
-        lost = {"reason": "unknown", "detail": "its shard's sidecar was lost"}
+        unknown = {"reason": "unknown", "detail": "its shard's sidecar was lost"}
         sidecar["rejected"] = [
-            reasons.get(medium.id, {"id": medium.id, **lost})
+            reasons.get(medium.id, {"id": medium.id, **unknown})
             for medium in plan.media(task.number)
             if medium.id not in stored
         ]

@@ -192,7 +192,8 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:])
     parser.set_defaults(run=run)
     parser.add_argument("path", metavar="PATH", help="folder of frame shards")
-    parser.add_argument("--json", action="store_true", help="a JSON object per line")
+    if name != "repair":
+        parser.add_argument("--json", action="store_true", help="a JSON object per line")
     return parser
 
 

@@ -136,6 +136,34 @@ def test_lost_files_come_back_from_the_others(folder, made):
     assert sidecar(folder, 0)["rejected"] == sidecar(made, 0)["rejected"]
 
 
+def test_a_sidecar_that_says_something_else_is_not_believed(folder, made):
+    path = folder / "frames-00000.json"
+    for old, new in (('"fps": 10.0', '"fps": 50.0'), ('"sha256": "', '"sha256": "0')):
+        text = path.read_text()
+        path.write_text(text.replace(old, new, 1))
+        assert path.read_text() != text
+        before = (folder / "frames-00000.array_record").stat().st_mtime_ns
+        assert verify(folder, workers=1)
+        done = repair(folder, workers=1)
+        assert done.lines[0] == "frames-00000.json: written again from index.npz"
+        assert done.remaining == []
+        assert (folder / "frames-00000.array_record").stat().st_mtime_ns == before
+        assert held(folder) == held(made)
+        assert sidecar(folder, 0) == sidecar(made, 0)
+
+
+def test_a_plan_that_is_not_the_jobs_is_told_and_not_used(folder, made):
+    path = folder / "plan.jsonl"
+    path.write_text(path.read_text().replace("8.mp4", "9.mp4"))
+    (folder / "index.npz").unlink()
+    done = repair(folder, workers=1)
+    assert [str(problem) for problem in done.remaining] == [
+        "plan.jsonl: is not the one that manifest.json names; predecode cannot continue it"
+    ]
+    for name in ("index.npz", "manifest.json"):
+        assert (folder / name).read_bytes() == (made / name).read_bytes()
+
+
 def test_what_nobody_knows_is_left_to_predecode(folder, made):
     (folder / "index.npz").unlink()
     (folder / "frames-00001.json").unlink()
