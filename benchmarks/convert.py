@@ -2,6 +2,7 @@
 """Load a checkpoint and save it: seconds and memory against transformers and safetensors.
 
     python benchmarks/convert.py [--size 3b] [--rounds 4] [--folder D] [--json F]
+    python benchmarks/convert.py --pairs [--folder D] [--json F]
 
 Makes a random bfloat16 Apollo in the published layout, then does every job in a process of its own,
 in interleaved rounds, and takes medians. The clock starts after the imports and stops when the
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import convert_pairs  # beside this file
 import numpy as np
 
 from apollo_jax.checkpoints import checkpoint, published
@@ -193,6 +195,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where there is room for twice the checkpoint")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--pairs", action="store_true", help="peak memory of every pair of layouts")
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
@@ -200,8 +203,12 @@ def main() -> None:
         print(json.dumps(job(way, Path(source), Path(target))))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        results = run(Path(folder), args.size, args.rounds)
-    show(results)
+        if args.pairs:
+            results = convert_pairs.measure(Path(folder), convert_pairs.SIDE)
+            convert_pairs.show(results)
+        else:
+            results = run(Path(folder), args.size, args.rounds)
+            show(results)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -116,3 +116,15 @@ def test_without_torch_the_rest_is_proven(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
     found = compared(SIGLIP, tmp_path / "out")
     assert found == dict(skipped=activations.NO_TORCH)
+
+
+def test_a_class_that_fails_is_named(tmp_path, monkeypatch):
+    import transformers  # pyright: ignore[reportMissingImports]
+
+    def fail(*_, **__):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setattr(transformers.Dinov2Model, "forward", fail)
+    with pytest.raises(ValueError, match=r"dinov2: Dinov2Model.* fails on .*: no such kernel$"):
+        convert.convert(ENCODERS / "dinov2-a", tmp_path / "out", to="hf", verify=True)
+    assert not list(tmp_path.iterdir())

@@ -255,6 +255,29 @@ def test_torchscript_is_refused(tmp_path):
     )
 
 
+@pytest.mark.parametrize("stem", ["model.", ""])
+def test_an_apollo_as_its_training_code_pickles_it(tmp_path, stem):
+    """Flat names in a pytorch_model.bin beside a root config.json that says all."""
+    official, flat = ENCODERS.parent / "apollo-tiny-a" / "checkpoint", tmp_path / "checkpoint-1000"
+    flat.mkdir()
+    towers = [path.name for path in (official / "vision_tower").iterdir() if path.is_dir()]
+    stems = {f"vision_tower/{name}": f"vision_tower.{name}.vision_tower." for name in towers}
+    stems |= {"mm_connector": "mm_connector.", "llm": "llm."}
+    own = {at: load_file(official / at / "model.safetensors") for at in stems}
+    named = {f"{stem}{stems[at]}{n}": a for at, arrays in own.items() for n, a in arrays.items()}
+    torch.save(tensors(named), flat / "pytorch_model.bin")
+    root = json.loads((official / "config.json").read_text())
+    for name in towers:
+        config = json.loads((official / "vision_tower" / name / "config.json").read_text())
+        root["vision_tower_cfg"]["configs"][name] = config
+    (flat / "config.json").write_text(json.dumps(root))
+    for file in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(official / "llm" / file, flat)
+    cli("--to", "apollo", flat, tmp_path / "out")
+    for at, arrays in own.items():
+        holds(tmp_path / "out" / at, arrays)
+
+
 @pytest.fixture
 def bin_folder(tmp_path):
     """bin_folder(content): LanguageBind's folder with that pickle."""

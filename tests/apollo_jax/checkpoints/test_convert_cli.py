@@ -122,6 +122,17 @@ def test_bfloat16_as_big_vision_stores_it(encoders, tmp_path):
     assert {t.dtype.name for t in tensors.values()} == {"float32"}
 
 
+def test_siglip_2_for_any_size_as_big_vision_has_it(encoders, tmp_path):
+    source, npz = encoders / "siglip2-naflex-a", tmp_path / "siglip2_naflex.npz"
+    run("--to", "big_vision", "--scan", source, npz)
+    patches = arrays(npz)["params/img/embedding/kernel"]
+    assert patches.ndim == 2
+    done = cli("--verify", "--from", "big_vision", "--to", "hf", npz, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    expected = load_file(source / "model.safetensors")
+    assert same(load_file(tmp_path / "out" / "model.safetensors"), expected)
+
+
 def test_another_dtype_is_that_of_every_tensor(tiny, tmp_path):
     source = tiny / "checkpoint" / "vision_tower" / SIGLIP
     run("--to", "orbax", "--dtype", "bfloat16", "--verify", source, tmp_path / "orbax")
@@ -290,6 +301,12 @@ def test_flat_names_that_nobody_explains(official, folders, tmp_path):
     write_flat(tmp_path / "flat", official, folders, "", beside=True)
     shutil.rmtree(tmp_path / "flat" / "vision_tower" / "internvideo2")
     with pytest.raises(ValueError, match="does not say what vision_tower/internvideo2 is"):
+        run(tmp_path / "flat", tmp_path / "out")
+    shutil.rmtree(tmp_path / "flat" / "vision_tower")
+    config = json.loads((tmp_path / "flat" / "config.json").read_text())
+    config["vision_tower_cfg"]["configs"] = {}  # as the published folder has it
+    (tmp_path / "flat" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"vision_tower_cfg.configs has nothing of it\); put its"):
         run(tmp_path / "flat", tmp_path / "out")
     root = tmp_path / "whole"
     write_flat(root, official, folders, "", beside=True)

@@ -19,6 +19,7 @@ TINY = {
     "internvideo2": "apollo-tiny-a/checkpoint/vision_tower/internvideo2",
     "InternVideo2-Stage2_1B-224p-f4": "apollo-tiny-a/checkpoint/vision_tower/internvideo2",
     "webli_en_so400m_384.npz": "encoders/bigvision-siglip-a/loop.npz",
+    "siglip2_b16_256.npz": "encoders/bigvision-siglip-a/scan.npz",  # the same tree
     "loop.npz": "encoders/bigvision-siglip-a/loop.npz",
     "siglip2-so400m-patch16-naflex": "encoders/siglip2-naflex-a",
     "clip-vit-large-patch14-336": "encoders/clip-a",
@@ -27,13 +28,14 @@ TINY = {
     "vjepa_vith16-384": "encoders/vjepa-a",
     "vjepa2-vitl-fpc64-256": "encoders/vjepa2-a",
 }
-# pickles need PyTorch (tests/parity); runs, flat names and SigLIP 2's .npz have tests of their own
+# pickles need PyTorch (tests/parity); runs and flat names have tests of their own
 ELSEWHERE = {
     "checkpoint-1000",
     "runs/sft",
-    "siglip2_b16_256.npz",
     "dinov2_vitl14_pretrain.pth",
     "videomae_vitl.pth",
+    "vitl.pt",
+    "ViT-L-14-336px-state.pt",
     "vith16-384.pth.tar",
     "LanguageBind_Video_V1.5_FT",
     "LanguageBind_Video",
