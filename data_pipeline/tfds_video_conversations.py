@@ -6,8 +6,10 @@
 DATA holds a file of conversations per split (`train.jsonl`, `validation.json`, ..) and `frames`,
 the folder that `apollo-jax predecode` made. Config `names` leaves the frames in their shards;
 `frames` has them inside, as they are stored, for those who know TFDS but not our shards. Where
-TensorFlow is there anyway, `tfds build --imports data_pipeline.tfds_video_conversations
-video_conversations --manual_dir DATA --file_format array_record` does the same.
+TensorFlow, Beam and mlcroissant are installed, TFDS's own command builds both:
+
+    tfds build --imports data_pipeline.tfds_video_conversations video_conversations \\
+        --manual_dir DATA --data_dir TFDS --file_format array_record
 """
 
 from collections.abc import Iterator
