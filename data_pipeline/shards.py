@@ -16,7 +16,6 @@ from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_index import MediaIndex
 from data_pipeline.shard_checks import check_folder
 from data_pipeline.shard_folder import Problem, open_folder
-from data_pipeline.shard_repair import repair
 from data_pipeline.shard_statistics import statistics, statistics_text
 
 
@@ -130,6 +129,8 @@ def verify(path: str | Path, decode: bool = False, workers: int = 0) -> list[Pro
 
 
 def _repair(args: argparse.Namespace) -> None:
+    from data_pipeline.shard_repair import repair  # with all that predecode needs
+
     done = repair(args.path, args.redo, args.dry_run, args.decode, args.workers)
     for line in done.lines:
         print(line)
