@@ -93,9 +93,8 @@ def make(folder: Path, side: int) -> dict[str, int]:
     """Write every source; the bytes of the largest tensor of each, and of what it becomes."""
     sizes = {"tower": write_random(folder / "tower", tower(side), "float32")}
     sizes["decoder"] = write_random(folder / "decoder", decoder(2 * side), "bfloat16")
-    to = dict(to="orbax", overwrite=True)
     for name in ("tower", "decoder"):
-        convert.convert(folder / name, folder / f"{name}-orbax", **to)
+        convert.convert(folder / name, folder / f"{name}-orbax", to="orbax")
     opened = open_checkpoint(folder / "tower").parts[""]
     npz.write_big_vision(folder / "loop.npz", opened, None, scan=False)
     npz.write_big_vision(folder / "scan.npz", opened, None, scan=True)
@@ -117,11 +116,11 @@ def make_pickles(folder: Path, side: int) -> dict[str, int]:
     save(part.tensors, folder / "bin" / PICKLED_WEIGHTS[0])
     for name in ("config.json", "preprocessor_config.json"):
         (folder / "bin" / name).write_bytes((folder / "tower" / name).read_bytes())
-    authors = random_part(
-        dinov2.Config(hidden_size=1024, mlp_ratio=side // 1024, num_hidden_layers=3, table_size=28),
-        "float32",
+    config = dinov2.Config(
+        hidden_size=1024, mlp_ratio=side // 1024, num_hidden_layers=3, table_size=28
     )
-    [dialect] = dinov2_rules.dialects(authors.config, authors.published_config)
+    authors = random_part(config, "float32")
+    [dialect] = dinov2_rules.dialects(config, authors.published_config)
     view = to_dialect(authors.tensors, dialect)
     save(view, folder / "dinov2.pth")
     return {}

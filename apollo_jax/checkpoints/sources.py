@@ -188,7 +188,8 @@ class Npz(RawFiles):
         entry, begin = self._unchecked[name]
         found = 0
         for rows in row_slices((entry.file_size,), entry.file_size):
-            found = zlib.crc32(_pread(begin, rows.start, (rows.stop - rows.start,), "uint8"), found)
+            part = _pread(begin, rows.start, (rows.stop - rows.start,), "uint8")
+            found = zlib.crc32(part.data, found)
         if found != entry.CRC:
             raise ValueError(
                 f"{begin.path}: {entry.filename} is corrupt, its checksum differs; copy it again"

@@ -130,9 +130,10 @@ def write_arrays(path: Path, source: Source) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(path.absolute(), skeleton)
     for name, stored in source.stored.items():
+        chunks = _chunks(stored)
         metadata = dict(
             shape=stored.shape,
-            chunks=_chunks(stored),
+            chunks=chunks,
             compressor=CHECKED,
             dtype=_zarr(stored.dtype),
         )
@@ -141,7 +142,7 @@ def write_arrays(path: Path, source: Source) -> None:
         if stored.nbytes <= BLOCK_BYTES:
             array.write(source.read(name)).result()
         else:
-            _write_chunks(array, source, name, metadata["chunks"])
+            _write_chunks(array, source, name, chunks)
 
 
 def _write_chunks(array: Any, source: Source, name: str, chunks: list[int]) -> None:
