@@ -147,7 +147,7 @@ def parse_manifest(text: bytes, path: Path) -> dict[str, Any]:
                 f"{path} is of version {manifest['version']}, this apollo_jax reads up to "
                 f"{MANIFEST_VERSION}: update it"
             )
-        missing = [k for k in ("spec", "media", "frames", "shards") if k not in manifest]
+        missing = [k for k in ("spec", "shards") if k not in manifest]
         facts = ("file", "records", "bytes", "sha256")
         missing += [k for shard in manifest["shards"] for k in facts if k not in shard]
         if missing:
@@ -180,10 +180,8 @@ class FrameShards:
         self.index = MediaIndex(self.path / "index.npz")
         self._columns = self.index.columns
         shards = self.manifest["shards"]
-        if (len(self), True) != (
-            self.manifest["media"],
-            self._columns["shard"].max() < len(shards),
-        ):
+        media, last = self.manifest.get("media", len(self)), self._columns["shard"].max()
+        if media != len(self) or last >= len(shards):
             raise ValueError(
                 f"{self.path}: index.npz does not fit manifest.json; `apollo-jax shards repair "
                 f"{self.path}` writes both again"

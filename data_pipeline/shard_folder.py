@@ -167,11 +167,10 @@ def _read_index(folder: Folder) -> None:
 def _misfits(index: MediaIndex, manifest: dict[str, Any]) -> list[str]:
     columns, shards = index.columns, manifest["shards"]
     frames, shard, record = (columns[k] for k in ("stored_frames", "shard", "record"))
-    if (len(index), int(frames.sum())) != (manifest["media"], manifest["frames"]):
-        return [
-            f"{len(index)} media with {frames.sum()} frames instead of "
-            f"{manifest['media']} with {manifest['frames']}"
-        ]
+    count, total = manifest.get("media", len(index)), manifest.get("frames", frames.sum())
+    if (len(index), frames.sum()) != (count, total):
+        what = f"{len(index)} media with {frames.sum()} frames"
+        return [f"{what} instead of {count} with {total}"]
     if shard.min() < 0 or shard.max() >= len(shards) or (np.diff(shard) < 0).any():
         return ["its media lie in unknown shards or in no order"]
     per_segment = _segment_frames(manifest["spec"])

@@ -219,11 +219,15 @@ def test_a_manifest_of_another_making(folder):
     manifest["index_sha256"] = "1" * 64
     path.write_text(json.dumps(manifest))
     assert lines_of(folder)[0].startswith("index.npz: is not the one that manifest.json names")
-    for text in ("{", "{}", "[]", '{"format": "AFS1"}', path.read_text().replace("media", "m")):
+    for text in ("{", "{}", "[]", '{"format": "AFS1"}', path.read_text().replace("spec", "s")):
         path.write_text(text)
         assert lines_of(folder)[0].startswith("manifest.json: is damaged")
         with pytest.raises(ValueError, match=r"manifest.json is damaged .*shards repair"):
             FrameShards(folder)
+    needed = {k: manifest[k] for k in ("format", "version", "spec", "shards")}
+    path.write_text(json.dumps(needed))  # as another writer may make it
+    assert len(FrameShards(folder)) == 10
+    assert [line.partition(":")[0] for line in lines_of(folder)] == ["frames-00001.json"]
     for changes, message in (({"format": "AFS9"}, "format 'AFS9'"), ({"version": 9}, "update")):
         path.write_text(json.dumps(manifest | changes))  # of a later time, not damaged
         for read in (FrameShards, verify):
