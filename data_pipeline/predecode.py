@@ -18,7 +18,14 @@ from typing import Any
 
 from data_pipeline.frame_shard_writer import write_manifest, write_quarantine
 from data_pipeline.media_files import find_media
-from data_pipeline.predecode_plan import DEFAULTS, PLAN, Plan, PredecodeConfig, begin_plan
+from data_pipeline.predecode_plan import (
+    DEFAULTS,
+    PLAN,
+    Plan,
+    PredecodeConfig,
+    begin_plan,
+    open_plan,
+)
 from data_pipeline.predecode_progress import PredecodeReport, ProgressDisplay, report
 from data_pipeline.predecode_shards import make_shards
 
@@ -54,8 +61,8 @@ def predecode(
     start = time.monotonic()
     plan = plan_job(source, output, config, root=root)
     config = _with_plan(config, plan)
-    if (plan.output / "manifest.json").exists() and not plan.unfinished():
-        return report(plan.output, _sidecars(plan), start)
+    if "manifest.json" in plan.names() and not plan.unfinished():
+        return report(plan.name, _sidecars(plan), start)
     mine = range(task[0], len(plan), task[1])
     if runner:
         from data_pipeline.predecode_beam import run_beam
@@ -65,9 +72,9 @@ def predecode(
         _make_here(plan, mine, config, progress)
     if unfinished := plan.unfinished():
         own = (sidecar for k in mine if (sidecar := plan.sidecar(k)))
-        return report(plan.output, own, start, len(unfinished))
+        return report(plan.name, own, start, len(unfinished))
     merge(plan, config)
-    return report(plan.output, _sidecars(plan), start)
+    return report(plan.name, _sidecars(plan), start)
 
 
 def plan_job(
@@ -78,12 +85,9 @@ def plan_job(
     root: str | Path | None = None,
 ) -> Plan:
     """The plan of `output`, made from `source` if there is none; None takes the one there."""
-    output = Path(output)
     if source is not None:
         return begin_plan(output, config, find_media(source, root))
-    if not (output / PLAN).exists():
-        raise FileNotFoundError(f"{output} holds no plan yet: say what the input is")
-    return Plan(output)
+    return open_plan(output)
 
 
 def merge(plan: Plan, config: PredecodeConfig) -> dict[str, Any]:
@@ -92,25 +96,29 @@ def merge(plan: Plan, config: PredecodeConfig) -> dict[str, Any]:
     May be done again, by several at a time: the result is the same. ValueError if more than
     `config.max_rejected` of the media were rejected.
     """
-    write_quarantine(plan.output, _sidecars(plan))
-    summary = report(plan.output, _sidecars(plan), time.monotonic())
+    try:
+        write_quarantine(plan.output, _sidecars(plan))
+        _check_rejected(plan, config)
+        made_with: dict[str, list[str]] = {}  # machines may differ
+        for sidecar in _sidecars(plan):
+            for name, version in sidecar["made_with"].items():
+                known = made_with.setdefault(name, [])
+                known += [] if version in known else [version]
+        facts = {"job": plan.job, "plan_sha256": plan.digest, "made_with": made_with}
+        return write_manifest(plan.output, config.spec, _sidecars(plan), facts)
+    finally:
+        plan.publish_set()
+
+
+def _check_rejected(plan: Plan, config: PredecodeConfig) -> None:
+    summary = report(plan.name, _sidecars(plan), time.monotonic())
     rejected, total = sum(summary.quarantined.values()), plan.job["media"]
     if summary.stored and rejected > config.max_rejected * total:
         raise ValueError(
             f"{rejected} of {total} media were rejected, more than the share of "
             f"{config.max_rejected:g} that is tolerated: {summary.quarantined}, see "
-            f"{plan.output / 'quarantine.jsonl'}; run again with a larger --max-rejected to accept"
+            f"{plan.name}/quarantine.jsonl; run again with a larger --max-rejected to accept"
         )
-    made_with: dict[str, list[str]] = {}  # machines may differ
-    for sidecar in _sidecars(plan):
-        for name, version in sidecar["made_with"].items():
-            known = made_with.setdefault(name, [])
-            known += [] if version in known else [version]
-    facts = {"job": plan.job, "plan_sha256": plan.digest, "made_with": made_with}
-    manifest = write_manifest(plan.output, config.spec, _sidecars(plan), facts)
-    for leftover in plan.output.glob("*.tmp"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
-    return manifest
 
 
 def _make_here(plan: Plan, shards: Sequence[int], config: PredecodeConfig, progress: bool) -> None:
@@ -126,7 +134,7 @@ def _sidecars(plan: Plan) -> Iterator[dict[str, Any]]:
     for shard in range(len(plan)):
         sidecar = plan.sidecar(shard)
         if sidecar is None:
-            raise ValueError(f"{plan.output}: shard {shard} is missing or cut off; run again")
+            raise ValueError(f"{plan.name}: shard {shard} is missing or cut off; run again")
         yield sidecar
 
 
@@ -167,15 +175,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {k: args.pop(k) for k in list(args) if k in known}
     source, output, root = args["input"], args["output"], args["root"]
     config = PredecodeConfig(**given)
-    if source is None and (Path(output) / PLAN).exists():
-        config = _with_plan(DEFAULTS, Plan(Path(output)))
+    if source is None:
+        config = _with_plan(DEFAULTS, open_plan(output))
         changed = [k for k in given if k in config.planned and given[k] != config.planned[k]]
         if changed:
             raise ValueError(f"{output} is planned with another {', '.join(changed)}")
         config = replace(config, **given)
     if args["plan_only"]:
         plan = plan_job(source, output, config, root=root)
-        print(f"{plan.output / PLAN}: {plan.job['media']} media in {len(plan)} shards")
+        print(f"{plan.name}/{PLAN}: {plan.job['media']} media in {len(plan)} shards")
         return
     options = arguments[split + 1 :]
     if options and not args["runner"]:
@@ -214,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder, pattern, JSONL, CSV or parquet manifest, or WebDataset tars; paths or URLs. "
         "May be left out to continue",
     )
-    add("--output", required=True, help="folder for the frame shards, seen by all that take part")
+    add("--output", required=True, help="folder or URL for the frame shards, the same for all")
     add("--root", default=None, help="ids are relative to this folder (default: the input's)")
     setting("fps", float, "stored frames per second")
     setting("size", int, "longest side in pixels")

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shards of a plan as an Apache Beam pipeline: one element is one shard (extra `beam`).
 
-Workers read the plan from the output folder and write their shards into it, so all of them must
-see that folder under the same path, and the input too: a shared disk (NFS, Filestore, Lustre), or
-a bucket mounted by the worker image. No pixels travel through the engine. A shard that is tried
-again, or by two workers at once, comes out the same.
+Workers read the plan from the output and write their shards into it, so all of them must reach it
+under the same name, and the input too: URLs (gs://, s3://), or folders on a shared disk (NFS,
+Filestore, Lustre). No pixels travel through the engine. A shard that is tried again, or by two
+workers at once, comes out the same.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from data_pipeline.predecode_plan import PLAN, Plan, PredecodeConfig
+from data_pipeline.predecode_plan import PLAN, Plan, PredecodeConfig, open_plan
 
 # As Beam calls them. The direct runner is named by its class: Beam's own choice for "DirectRunner"
 # would first look for a binary of another runner on the net.
@@ -56,7 +55,7 @@ def run_beam(plan: Plan, config: PredecodeConfig, runner: str, options: Sequence
             pipeline
             | "Shards" >> beam.Create(plan.unfinished())
             | beam.Reshuffle()
-            | "Make" >> beam.Map(make_one, str(plan.output.absolute()), plan.digest, config)
+            | "Make" >> beam.Map(make_one, _address(plan), plan.digest, config)
         )
 
 
@@ -64,14 +63,18 @@ def make_one(shard: int, output: str, digest: str, config: PredecodeConfig) -> i
     """Makes one shard on a worker. FileNotFoundError if it does not see the job's folder."""
     from data_pipeline.predecode_shards import make_shards
 
-    folder = Path(output)
-    if not (folder / PLAN).exists():
+    try:
+        plan = open_plan(output)
+    except FileNotFoundError:
         raise FileNotFoundError(
-            f"this worker sees no {folder / PLAN}: the output must be a folder that all workers "
-            "share, mounted at the same place"
-        )
-    plan = Plan(folder)
+            f"this worker sees no {output}/{PLAN}: the output must be a URL, or a folder that all "
+            "workers share, mounted at the same place"
+        ) from None
     if plan.digest != digest:
-        raise ValueError(f"{folder / PLAN} on this worker is another plan than the job's")
+        raise ValueError(f"{output}/{PLAN} on this worker is another plan than the job's")
     make_shards(plan, [shard], config)
     return shard
+
+
+def _address(plan: Plan) -> str:
+    return plan.name if isinstance(plan.name, str) else str(plan.name.absolute())

@@ -9,7 +9,7 @@ nothing but the folder agree on it, and a shard is the same whoever makes it.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,8 @@ class Plan:
     """The plan of an output folder: the job's settings and every shard's media."""
 
     def __init__(self, output: Path):
-        self.output = output
+        self.output = output  # where shards are written
+        self.name: str | Path = output  # what people call it
         data = (output / PLAN).read_bytes()
         header, *self._shards = data.splitlines()
         self.job: dict[str, Any] = json.loads(header)
@@ -112,25 +113,57 @@ class Plan:
         ValueError if it was made for another plan.
         """
         path = shard_path(self.output, shard, "json")
-        if not path.exists():
+        if self.size(path.name) is None:
             return None
-        sidecar = json.loads(path.read_text())
+        sidecar = self.read_sidecar(path)
         if sidecar.get("plan") != self.digest:
             raise ValueError(
-                f"{path} belongs to another plan than {self.output / PLAN}: jobs with different "
-                "inputs or settings have used this folder; delete it and start one of them again"
+                f"{self.name}/{path.name} belongs to another plan than {PLAN} beside it: jobs with "
+                "different inputs or settings have used this folder; delete it and start one again"
             )
-        file = self.output / (sidecar["file"] or path.name)
-        size = file.stat().st_size if file.exists() else -1
-        return sidecar if sidecar["file"] is None or size == sidecar["bytes"] else None
+        whole = sidecar["file"] is None or self.size(sidecar["file"]) == sidecar["bytes"]
+        return sidecar if whole else None
 
     def unfinished(self) -> list[int]:
         """Shards without a sidecar."""
-        names = set(os.listdir(self.output))
+        names = self.names()
         return [k for k in range(len(self)) if shard_path(self.output, k, "json").name not in names]
 
+    # What follows differs for an output that is a URL (predecode_remote.py).
 
-def begin_plan(output: Path, config: PredecodeConfig, media: Sequence[Medium]) -> Plan:
+    def names(self) -> set[str]:
+        """Of the files in the output."""
+        return set(os.listdir(self.output))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file in the output, None if there is none."""
+        path = self.output / name
+        return path.stat().st_size if path.exists() else None
+
+    def read_sidecar(self, path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text())
+
+    def publish(self, shard: int) -> None:
+        """A shard was written."""
+
+    def publish_set(self) -> None:
+        """The manifest was written, and what it needs."""
+        for leftover in self.output.glob("*.tmp"):  # of processes that were killed
+            leftover.unlink(missing_ok=True)
+
+
+def open_plan(output: str | Path) -> Plan:
+    """The plan there is; FileNotFoundError."""
+    if is_remote(str(output)):
+        from data_pipeline.predecode_remote import RemotePlan
+
+        return RemotePlan(str(output))
+    if not (Path(output) / PLAN).exists():
+        raise FileNotFoundError(f"{output} holds no plan yet: say what the input is")
+    return Plan(Path(output))
+
+
+def begin_plan(output: str | Path, config: PredecodeConfig, media: Sequence[Medium]) -> Plan:
     """The plan of `output`, made now if there is none.
 
     ValueError if there is one for other settings or media, or if the folder holds other things.
@@ -138,12 +171,11 @@ def begin_plan(output: Path, config: PredecodeConfig, media: Sequence[Medium]) -
     names = "\0".join(f"{medium.kind} {medium.id}" for medium in media)
     digest = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
     job = {"plan": _VERSION, **config.planned, "media": len(media), "input": digest}
-    if not (output / PLAN).exists():
-        found = [
-            m if is_remote(m.path) else m._replace(path=os.path.abspath(m.path)) for m in media
-        ]
-        _write_plan(output, job, cut(found, config.shards, config.shard_bytes))
-    plan = Plan(output)
+    try:
+        plan = open_plan(output)
+    except FileNotFoundError:
+        _write_plan(output, job, config, media)
+        plan = open_plan(output)
     begun = plan.job
     changed = [f"{k} {begun.get(k)} there, {v} now" for k, v in job.items() if begun.get(k) != v]
     if changed:
@@ -152,6 +184,20 @@ def begin_plan(output: Path, config: PredecodeConfig, media: Sequence[Medium]) -
             "choose another output, or delete that folder to start again"
         )
     return plan
+
+
+def _write_plan(
+    output: str | Path, job: dict[str, Any], config: PredecodeConfig, media: Sequence[Medium]
+) -> None:
+    found = [m if is_remote(m.path) else m._replace(path=os.path.abspath(m.path)) for m in media]
+    groups = cut(found, config.shards, config.shard_bytes)
+    data = "".join(json.dumps(line) + "\n" for line in (job, *groups)).encode()
+    if is_remote(str(output)):
+        from data_pipeline.predecode_remote import write_first
+
+        write_first(str(output), data)
+    else:
+        _write_first(Path(output), data)
 
 
 def cut(media: Sequence[Medium], shards: int, shard_bytes: int) -> list[list[Medium]]:
@@ -186,17 +232,16 @@ def cut(media: Sequence[Medium], shards: int, shard_bytes: int) -> list[list[Med
     return groups
 
 
-def _write_plan(output: Path, job: dict[str, Any], groups: Iterable[Sequence[Medium]]) -> None:
+def _write_first(output: Path, data: bytes) -> None:
     """First come, first served: others may be doing the same this moment."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / PLAN
-    lines = [json.dumps(job), *(json.dumps(group) for group in groups)]
     if any(not name.startswith(PLAN) for name in os.listdir(output)) and not path.exists():
         raise ValueError(f"{output} is not empty and holds no frame shards; choose another output")
     temporary = temporary_path(path)
     try:
         with temporary.open("wb") as file:
-            file.write(("\n".join(lines) + "\n").encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         try:

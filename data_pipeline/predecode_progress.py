@@ -31,7 +31,7 @@ class PredecodeReport:
     shards that this process was to make.
     """
 
-    output: Path
+    output: str | Path
     stored: int
     frames: int
     shards: int
@@ -50,7 +50,7 @@ class PredecodeReport:
             f"{self.seconds:.1f} s"
         ]
         if bad:
-            where = "" if self.unfinished else f" (see {self.output / 'quarantine.jsonl'})"
+            where = "" if self.unfinished else f" (see {self.output}/quarantine.jsonl)"
             lines.append(f"quarantined {bad}{where}:")
         for reason, count in self.quarantined.items():
             lines.append(f"  {count} {reason}, such as {'; '.join(self.examples[reason])}")
@@ -63,7 +63,7 @@ class PredecodeReport:
 
 
 def report(
-    output: Path, sidecars: Iterable[dict[str, Any]], start: float, unfinished: int = 0
+    output: str | Path, sidecars: Iterable[dict[str, Any]], start: float, unfinished: int = 0
 ) -> PredecodeReport:
     """Sums up shards; `start` is a time.monotonic()."""
     stored = frames = shards = size = 0

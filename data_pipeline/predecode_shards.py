@@ -109,6 +109,7 @@ def _make_shard(
             )
         if plan.sidecar(number) is None:  # else another process was faster: the same shard
             shard.commit(plan=plan.digest, made_with=decoder_versions())
+            plan.publish(number)
     finally:
         shard.discard()
 
