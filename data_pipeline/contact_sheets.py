@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stored frames of a few media as one picture, each frame with its time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,8 +41,18 @@ def grid_frames(stored: int, fps: float, count: int, every: float | None) -> lis
     return middles.astype(int).tolist()
 
 
-def read_strip(shards: FrameShards, media_id: str, wanted: Sequence[int]) -> Strip:
-    """Grid frames `wanted`, ascending, of one medium; FrameShardError if it is damaged."""
+def read_strips(shards: FrameShards, wanted: Mapping[str, Sequence[int]]) -> list[Strip]:
+    """Grid frames of media; FrameShardError if one is damaged, ValueError if they are too many."""
+    total = sum(map(len, wanted.values()))
+    if total > _MAX_FRAMES:
+        raise ValueError(
+            f"a sheet of {total} frames is too large (at most {_MAX_FRAMES}): ask for fewer media, "
+            "fewer --frames or a longer --every"
+        )
+    return [_read_strip(shards, media_id, frames) for media_id, frames in wanted.items()]
+
+
+def _read_strip(shards: FrameShards, media_id: str, wanted: Sequence[int]) -> Strip:
     info, per_segment = shards.info(media_id), shards.spec.segment_frames
     chosen, frames, seconds = set(wanted), [], []
     for header, jpegs in shards.segments(media_id):
@@ -56,16 +66,7 @@ def read_strip(shards: FrameShards, media_id: str, wanted: Sequence[int]) -> Str
 
 
 def contact_sheet(strips: Sequence[Strip], columns: int = 6, side: int = 256) -> Image.Image:
-    """Strips below each other, `columns` frames a row, none larger than `side` pixels.
-
-    ValueError if it would grow beyond all bounds.
-    """
-    total = sum(len(strip.frames) for strip in strips)
-    if total > _MAX_FRAMES:
-        raise ValueError(
-            f"a sheet of {total} frames is too large (at most {_MAX_FRAMES}): ask for fewer media, "
-            "fewer --frames or a longer --every"
-        )
+    """Strips below each other, `columns` frames a row, none larger than `side` pixels."""
     parts = [_draw_strip(strip, columns, side) for strip in strips]
     size = max(p.width for p in parts), sum(p.height for p in parts)
     sheet = Image.new("RGB", size, _BACK)

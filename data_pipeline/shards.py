@@ -11,7 +11,7 @@ from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.contact_sheets import clock, contact_sheet, grid_frames, read_strip
+from data_pipeline.contact_sheets import clock, contact_sheet, grid_frames, read_strips
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_index import MediaIndex
 from data_pipeline.shard_checks import check_folder
@@ -93,15 +93,13 @@ def _show(args: argparse.Namespace) -> None:
         print(json.dumps(known, ensure_ascii=False) if args.json else _describe(known))
     if args.output:
         each = args.frames or (24 if len(ids) == 1 else 6)
-        strips = []
-        for media_id in ids:
-            info = shards.info(media_id)
-            wanted = grid_frames(info.stored_frames, info.stored_fps, each, args.every)
-            strips.append(read_strip(shards, media_id, wanted))
-        sheet = contact_sheet(strips)
+        wanted = {}
+        for info in map(shards.info, ids):
+            wanted[info.id] = grid_frames(info.stored_frames, info.stored_fps, each, args.every)
+        sheet = contact_sheet(read_strips(shards, wanted))
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         sheet.save(args.output, format="PNG")
-        print(f"{args.output}: {sum(len(s.frames) for s in strips)} frames", file=sys.stderr)
+        print(f"{args.output}: {sum(map(len, wanted.values()))} frames", file=sys.stderr)
 
 
 def _describe(known: dict[str, Any]) -> str:
@@ -153,7 +151,7 @@ def _verify(args: argparse.Namespace) -> None:
     media = len({p.media_id for p in problems if p.media_id})
     print(
         f"{args.path}: {len(problems)} problems, {media} media damaged; "
-        f"`apollo-jax shards repair {args.path}` makes it sound",
+        f"`apollo-jax shards repair {args.path} --dry-run` says what can be saved",
         file=sys.stderr,
     )
     sys.exit(1)

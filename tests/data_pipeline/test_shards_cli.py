@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.contact_sheets import Strip, clock, contact_sheet, grid_frames
+from data_pipeline.contact_sheets import clock, grid_frames, read_strips
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import FrameShards, MediaInfo, ShardSpec, encode_segments
 from data_pipeline.predecode import PredecodeConfig, predecode
@@ -104,7 +104,9 @@ def test_show_says_all_and_draws(made, tmp_path, capsys):
         main(["show", str(made), "7.mp4", "--output", str(sheet), "--every", "0"])
 
 
-def test_frames_of_a_sheet():
+def test_frames_of_a_sheet(made):
+    with pytest.raises(ValueError, match="fewer media"):
+        read_strips(FrameShards(made), {"7.mp4": [0] * 3000})
     assert grid_frames(10, 2.0, 4, None) == [1, 3, 6, 8]
     assert grid_frames(3, 2.0, 24, None) == [0, 1, 2]
     assert grid_frames(10, 2.0, 24, 1.5) == [0, 3, 6, 9]
@@ -112,8 +114,6 @@ def test_frames_of_a_sheet():
     assert [clock(s) for s in (0, 59.96, 61.25, 3723.4)] == [
         "0:00.0", "1:00.0", "1:01.2", "1:02:03.4"
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="fewer media"):
-        contact_sheet([Strip("x", [np.zeros((1, 1, 3), np.uint8)] * 3000, [0.0] * 3000)])
 
 
 def test_stats(made, capsys):
