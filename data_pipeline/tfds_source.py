@@ -15,6 +15,7 @@ and the pictures of the field `image` stand in front of the question, unless it 
 """
 
 import hashlib
+import json
 from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
@@ -64,7 +65,7 @@ class TfdsSource:
         except ValueError as error:
             raise ValueError(f"{config.path}: {error}") from None
         self._place = f"{builder.info.full_name}@{split}"
-        self._pictures = [name for name, feature in self._features.items() if _has_images(feature)]
+        self._pictures = sorted(k for k, feature in self._features.items() if _has_images(feature))
         self._image = self._image_field()
         self.missing: list[tuple[str, str]] = []  # would take reading all of it
         if not len(self):
@@ -107,11 +108,15 @@ class TfdsSource:
         """Of name, version, split, templates, what TFDS knows of the files, and a few records."""
         digest, config = hashlib.sha256(), self._config
         for name in ("dataset_info.json", "features.json"):
-            digest.update((tfds.core.Path(builder.data_dir) / name).read_bytes())
+            facts = json.loads((tfds.core.Path(builder.data_dir) / name).read_text())
+            facts.pop("moduleName", None)  # where the builder's code lay
+            digest.update(json.dumps(facts, sort_keys=True).encode())
         how = [builder.info.full_name, split, config.image, config.question, config.answer]
         digest.update(repr(how).encode())
         for index in np.linspace(0, len(self) - 1, _SAMPLED).astype(int).tolist():
-            digest.update(self._records[index])  # built again, lengths may well be the same
+            # Built again, records differ where lengths do not; their bytes differ every time.
+            raw = self._parser.parse_example(self._records[index])
+            digest.update(_bytes(plain(self._features, raw)))
         return digest.hexdigest()[:16]
 
     def _image_field(self) -> str:
@@ -137,7 +142,7 @@ class TfdsSource:
             asked = " or ".join(map(repr, templates))
             raise ValueError(
                 f"{place}: {asked} asks for what it has not ({error!r}); its fields are "
-                f"{', '.join(self._features)}"
+                f"{', '.join(sorted(self._features))}"
             ) from None
         media = {k: entry[k] for k in ("id", "sampling", "video", "image", "images") if k in entry}
         if not PLACEHOLDER.search(templates[0]):
@@ -161,6 +166,17 @@ def plain(feature: Any, value: Any) -> Any:
     if isinstance(value, bytes) and not isinstance(feature, tfds.features.Image):
         return value.decode()
     return value.item() if isinstance(value, np.generic) else value
+
+
+def _bytes(value: Any) -> bytes:
+    """The same for the same values, whatever the order of their fields."""
+    if isinstance(value, dict):
+        return b"".join(_bytes(item) for item in sorted(value.items()))
+    if isinstance(value, (list, tuple)):
+        return b"(%s)" % b"".join(map(_bytes, value))
+    if isinstance(value, np.ndarray):
+        return _bytes(value.tolist())
+    return value if isinstance(value, bytes) else repr(value).encode()
 
 
 def _has_images(feature: Any) -> bool:

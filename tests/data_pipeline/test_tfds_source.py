@@ -3,6 +3,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def png(shade: int) -> bytes:
     return file.getvalue()
 
 
-class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class Dataset(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """What the datasets below have in common."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -53,7 +55,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield number, self.example(number)
 
 
-class Animals(Builder, skip_registration=True):
+class Animals(Dataset, skip_registration=True):
     """A classification set, with pictures of one shade each."""
 
     FEATURES = {  # noqa: RUF012
@@ -73,7 +75,7 @@ class Animals(Builder, skip_registration=True):
         }
 
 
-class Pairs(Builder, skip_registration=True):
+class Pairs(Dataset, skip_registration=True):
     """Conversations about two pictures each."""
 
     FEATURES = {  # noqa: RUF012
@@ -93,7 +95,7 @@ class Pairs(Builder, skip_registration=True):
         }
 
 
-class Stories(Builder, skip_registration=True):
+class Stories(Dataset, skip_registration=True):
     """Plain texts."""
 
     FEATURES = {"title": text(), "text": text()}  # noqa: RUF012
@@ -162,6 +164,17 @@ def test_the_fingerprint_changes_with_the_records(root, tmp_path):
     then, now = (source(folder, "tfds:stories@train") for folder in (root, tmp_path))
     assert now[0].turns[0].text.endswith("!")
     assert now.fingerprint != then.fingerprint
+
+
+def test_the_fingerprint_is_the_same_when_built_again(root, tmp_path):
+    """In another process: there protocol buffers put their fields in another order."""
+    build = f"import {__name__.rpartition('.')[2]} as t; t.Pairs(data_dir={str(tmp_path)!r}, "
+    build += "file_format='array_record').download_and_prepare()"
+    place = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", build], env=place, check=True, capture_output=True)
+    folders = (root, tmp_path)
+    then, now = (source(folder, "tfds:pairs@train", image="pictures") for folder in folders)
+    assert now.fingerprint == then.fingerprint
 
 
 def test_splits_may_be_cut_and_a_folder_named(root):
