@@ -160,3 +160,13 @@ def test_an_empty_tar_names_nothing(tmp_path):
     assert index_tar(str(write_tar(tmp_path / "a.tar", {}))) == TarIndex([])
     with pytest.raises(ValueError, match="names no videos or images"):
         find_media(tmp_path / "a.tar")
+
+
+def test_names_that_are_no_text_may_clash(tmp_path):
+    write_tar(tmp_path / "a.tar", {"caf\udce9.mp4": b"1"}, tarfile.GNU_FORMAT)
+    assert contents(find_media(tmp_path / "a.tar")) == {"caf\ufffd.mp4": b"1"}
+    write_tar(
+        tmp_path / "a.tar", {"caf\udce9.mp4": b"1", "caf\udce8.mp4": b"2"}, tarfile.GNU_FORMAT
+    )
+    with pytest.raises(ValueError, match="two media are called 'caf\ufffd.mp4'"):
+        find_media(tmp_path / "a.tar")
