@@ -169,8 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`apollo-jax predecode`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = _parser()
-    args = vars(parser.parse_args(arguments[:split]))
+    args = vars(parser().parse_args(arguments[:split]))
     known = {f.name for f in fields(PredecodeConfig)}
     given = {k: args.pop(k) for k in list(args) if k in known}
     source, output, root = args["input"], args["output"], args["root"]
@@ -202,15 +201,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(done.text())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command's own arguments."""
+    own = argparse.ArgumentParser(
         "apollo-jax predecode",
         description=__doc__,
         epilog="What follows -- is for the Beam runner, such as -- --project=P --region=R.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
-    add = parser.add_argument
+    add = own.add_argument
 
     def setting(name: str, kind: type, text: str) -> None:
         flag = "--" + name.replace("_", "-")
@@ -240,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--task", default="0/1", help="I/N: make shards I, I+N, ...; auto: as the scheduler says")
     add("--plan-only", action="store_true", default=False, help="stop after planning")
     add("--runner", default=None, choices=RUNNERS, help="make the shards with Apache Beam")
-    return parser
+    return own
 
 
 if __name__ == "__main__":
