@@ -29,7 +29,7 @@ SYSTEM = "You are a helpful vision-language assistant."
 ROLES = ("system", "user", "assistant")
 VISUAL_TOKEN = {"video": "<|video_token|>", "image": "<|image_token|>"}
 PLACEHOLDER = re.compile(r"<(video|image)>")  # where a medium stands in a user's text
-_VISUAL = re.compile("|".join(map(re.escape, VISUAL_TOKEN.values())))
+_VISUAL_RUN = re.compile("((?:" + "|".join(map(re.escape, VISUAL_TOKEN.values())) + ")+)")
 
 
 @dataclass(frozen=True)
@@ -98,29 +98,36 @@ def render(
 ) -> Rendered:
     """Tokens, loss weights and visual positions of `prompt_text`; raises ValueError as it does."""
     ids: list[int] = []
-    visual: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
+    shown: list[slice] = []  # the visual tokens
+    learnt: list[slice] = []
     seen = 0
     for text, is_answer in _pieces(turns, media, tokens_per_clip):
         start = len(ids)
-        for run in re.split(f"((?:{_VISUAL.pattern})+)", text):
-            count = len(_VISUAL.findall(run))
-            run_ids = [tokenizer.pad_id] * count or tokenizer.encode(run)
-            ids += run_ids
-            visual.append(np.arange(seen, seen + count) if count else np.full(len(run_ids), -1))
-            seen += count
-        weights.append(np.full(len(ids) - start, float(is_answer)))
+        for number, run in enumerate(_VISUAL_RUN.split(text)):
+            if number % 2:
+                count = run.count("<|")
+                shown.append(slice(len(ids), len(ids) + count))
+                ids += [tokenizer.pad_id] * count
+                seen += count
+            elif run:
+                ids += tokenizer.encode(run)
+        if is_answer:
+            learnt.append(slice(start, len(ids)))
     expected = tokens_per_clip * sum(len(medium.timestamps) for medium in media)
     if seen != expected:
         raise ValueError(
             f"a turn's own text spells {seen - expected} of the reserved tokens "
             f"{' and '.join(VISUAL_TOKEN.values())}; write <video> or <image> where a medium stands"
         )
-    return Rendered(
-        np.array(ids, np.int32),
-        np.concatenate(weights).astype(np.float32),
-        np.concatenate(visual).astype(np.int32),
-    )
+    weights = np.zeros(len(ids), np.float32)
+    for part in learnt:
+        weights[part] = 1
+    is_visual = np.zeros(len(ids), np.bool_)
+    for part in shown:
+        is_visual[part] = True
+    visual = np.full(len(ids), -1, np.int32)
+    visual[is_visual] = np.arange(seen)
+    return Rendered(np.array(ids, np.int32), weights, visual)
 
 
 def _pieces(
