@@ -10,15 +10,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from tensorboardX import SummaryWriter
 
-from data_pipeline.loader import LoadStats
+from apollo_jax.training import agreement
+from data_pipeline.loader import Counts, LoadStats
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 PRINT_SECONDS = 2.0  # between progress lines
@@ -26,10 +28,28 @@ BAD_NAMED = 20  # bad records named on the console, then only counted
 
 
 class MetricLog:
-    """Takes every step's metrics, writes those of every `every`-th step and of the last."""
+    """Takes every step's metrics, writes those of every `every`-th step and of the last.
 
-    def __init__(self, workdir: Path, *, start: int, num_steps: int, every: int):
+    What became of the samples of each of `sources` is summed over all processes then, and more of
+    them bad than `max_bad_share` stop all processes with the same ValueError.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start: int,
+        num_steps: int,
+        every: int,
+        sources: Sequence[str] = (),
+        max_bad_share: float = 1.0,
+    ):
         self.start, self.num_steps, self.every = start, num_steps, every
+        self.max_bad_share = max_bad_share
+        self.counts = {name: np.zeros(len(Counts._fields), np.int64) for name in sources}
+        self.new = np.zeros((len(sources), len(Counts._fields)), np.int32)  # of this process
+        self.summed: jax.Array | np.ndarray | None = None  # new ones of all, not added yet
+        self.error = ""  # that ended this process's data
         self.console = Console()
         self.primary = jax.process_index() == 0
         if self.primary:
@@ -37,7 +57,7 @@ class MetricLog:
             self.file = open(workdir / METRICS, "a")  # noqa: SIM115  closed by close()
             self.board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
         self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
-        self.bad = 0
+        self.named, self.latest = 0, ""
         self.printed = 0.0
         self._restart_clock(start)
 
@@ -45,21 +65,64 @@ class MetricLog:
         self.since, self.since_step = time.perf_counter(), step
         self.tokens = self.frames = 0
         self.waited = 0.0
+        self.fill: list[tuple[float, float]] = []
 
     def push(
-        self, step: int, metrics: Mapping[str, jax.Array], stats: LoadStats, waited: float
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        stats: LoadStats,
+        waited: float,
+        error: str = "",
     ) -> None:
         """Take the metrics of `step`, just dispatched, and write those of the step before.
 
         Args:
           stats: what its batch held.
           waited: seconds the loop waited for that batch.
+          error: why this process has no data any more.
         """
         self.flush()
-        self.pending = step, metrics
+        self.pending, self.error = (step, metrics), error
         self.tokens, self.frames = self.tokens + stats.tokens, self.frames + stats.frames
         self.waited += waited
+        self.fill.append((stats.fill_tokens, stats.fill_clips))
+        for row, name in enumerate(self.counts):
+            self.new[row] += stats.sources.get(name, Counts())
         self._name_bad(step, stats)
+        if self._is_logged(step):
+            self._sum()
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.every == 0 or step == self.num_steps
+
+    def _sum(self) -> None:
+        self.summed = agreement.total(np.append(self.new.ravel(), np.int32(bool(self.error))))
+        self.new = np.zeros_like(self.new)
+
+    def agree(self) -> None:
+        """Flush, and wait until all processes know of each other's data up to this step."""
+        self.flush()
+        self._sum()
+        self._judge()
+
+    def _judge(self) -> None:
+        """Adds what was summed; ValueError, in all processes, if the data are too bad."""
+        assert self.summed is not None
+        *new, failed = np.asarray(self.summed).tolist()
+        self.summed = None
+        width = len(Counts._fields)
+        for row, counts in enumerate(self.counts.values()):
+            counts += new[row * width : (row + 1) * width]
+        if failed:
+            agreement.stop(self.error)
+        seen = sum(int(counts[0]) for counts in self.counts.values())
+        agreement.stop_if_too_many(self.bad, seen, self.max_bad_share, self.latest)
+
+    @property
+    def bad(self) -> int:
+        """Samples of all processes that were left out."""
+        return sum(int(c[2] + c[3]) for c in self.counts.values())
 
     def flush(self) -> None:
         """Wait for the pending step and write its metrics. ValueError if its loss is not finite."""
@@ -72,7 +135,8 @@ class MetricLog:
                 f"the loss of step {step} is {loss}; it is not saved. Lower the learning rates or "
                 "look at the batch, then run the same command to go on from the last checkpoint"
             )
-        if step % self.every == 0 or step == self.num_steps:
+        if self._is_logged(step):
+            self._judge()
             values = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
             values |= self._rates(step)
             self.write(step, values)
@@ -92,13 +156,32 @@ class MetricLog:
     def _rates(self, step: int) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
         processes = jax.process_count()
+        fill_tokens, fill_clips = np.mean(self.fill, axis=0).tolist()
+        data = {
+            f"data/{name}/{what}": int(count)
+            for name, counts in self.counts.items()
+            for what, count in zip(Counts._fields, counts, strict=True)
+        }
         return {
             "tokens_per_second": self.tokens * processes / seconds,
             "frames_per_second": self.frames * processes / seconds,
             "data_wait": self.waited / seconds,
             "seconds_per_step": seconds / (step - self.since_step),
+            "fill_tokens": fill_tokens,
+            "fill_clips": fill_clips,
             "bad_records": self.bad,
+            **data,
         }
+
+    def summary(self) -> str:
+        """What became of the samples, by source, since this run was started or continued."""
+        parts = []
+        for name, counts in self.counts.items():
+            seen, *others = (int(count) for count in counts)
+            fates = zip(Counts._fields[1:], others, strict=True)
+            told = ", ".join(f"{count:,} {what}" for what, count in fates if count)
+            parts.append(f"{name} {seen:,}" + f" ({told})" * bool(told))
+        return "samples: " + ", ".join(parts)
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
         """The progress line: rewritten on a terminal, else a line every few seconds."""
@@ -121,8 +204,9 @@ class MetricLog:
 
     def _name_bad(self, step: int, stats: LoadStats) -> None:
         for record, reason in stats.bad:
-            self.bad += 1
-            if self.bad <= BAD_NAMED:
+            self.named += 1
+            self.latest = f"{record}: {reason}"
+            if self.named <= BAD_NAMED:
                 text = f"bad record {record} left out at step {step}: {reason}"
                 self.console.print(text, style="yellow", soft_wrap=True, markup=False)
 

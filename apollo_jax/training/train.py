@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
@@ -21,7 +22,8 @@ from rich.console import Console
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.config import Experiment, load, parse_overrides
-from apollo_jax.training import checks, losses, stages
+from apollo_jax.training import agreement, checks, losses, stages
+from apollo_jax.training.agreement import Feed
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Program, build
@@ -105,8 +107,16 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
     """Evaluate -> save (with the iterator) -> next batch -> step -> the previous step's metrics."""
     train, every = run.experiment.train, run.experiment.evaluation.every
     done = stopped = False
+    feed = Feed(run.loader)
     with contextlib.ExitStack() as stack:
-        log = MetricLog(run.workdir, start=start, num_steps=train.num_steps, every=train.log_every)
+        log = MetricLog(
+            run.workdir,
+            start=start,
+            num_steps=train.num_steps,
+            every=train.log_every,
+            sources=list(run.experiment.data.sources),
+            max_bad_share=run.experiment.data.max_bad_share,
+        )
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         for resource in (log, checkpoints):
             stack.enter_context(contextlib.closing(resource))
@@ -114,18 +124,19 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
         for step in range(start, train.num_steps + 1):
             done, stopped = step == train.num_steps, stop.requested(step)
             if every and step > start and (done or step % every == 0):
-                log.flush()
+                log.agree()
                 log.write(step, _evaluate(run, state))
             if step > start and (done or stopped or step % train.checkpoint_every == 0):
-                log.flush()
+                log.agree()
                 checkpoints.save(step, state, run.loader.get_state())
             if done or stopped:
                 break
             began = time.perf_counter()
-            rows, stats = next(run.loader)
+            rows, stats = next(feed)
             waited = time.perf_counter() - began
             state, metrics = run.program.train_step(state, place(rows, run.mesh))
-            log.push(step + 1, metrics, stats, waited)
+            log.push(step + 1, metrics, stats, waited, feed.error)
+        console.print(log.summary(), soft_wrap=True, markup=False, highlight=False)
     what = "trained" if done else "stopped on a signal, saved; the same command continues"
     console.print(f"{run.workdir}: {what}, {step} of {train.num_steps} steps")
     return done
@@ -153,9 +164,16 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
     total = None
     with contextlib.closing(_open_loader(data, evaluation.batches)) as loader:
-        for rows, _ in loader:
+        feed, counts, latest = Feed(loader), np.zeros(2, np.int32), ""
+        for _ in range(evaluation.batches):
+            rows, stats = next(feed)
+            counts += (len(stats.bad), stats.samples + len(stats.bad))
+            latest = ": ".join(stats.bad[-1]) if stats.bad else latest
             sums = run.program.eval_step(state, place(rows, run.mesh))
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+        agreement.stop_if_any(feed.error)
+        bad, seen = np.asarray(agreement.total(counts)).tolist()
+        agreement.stop_if_too_many(bad, seen, data.max_bad_share, latest)
     assert total is not None
     loss, accuracy = losses.mean(total)
     return {"eval/loss": float(loss), "eval/accuracy": float(accuracy)}
@@ -168,8 +186,18 @@ def place(rows: Batch, mesh: Mesh) -> Batch:
 
 
 def _open_loader(data: DataConfig, num_steps: int) -> Loader:
-    processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    return Loader(data, num_steps=num_steps, **processes)
+    """This process's loader; ValueError in all processes if one of them cannot open its data."""
+    index, count = jax.process_index(), jax.process_count()
+    loader, error = None, ""
+    try:
+        loader = Loader(data, num_steps=num_steps, process_index=index, process_count=count)
+    except (ValueError, OSError) as failure:
+        if count == 1:
+            raise
+        error = str(failure) or repr(failure)
+    agreement.stop_if_any(error)
+    assert loader is not None
+    return loader
 
 
 class StopSignal:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from apollo_jax.training.metrics import METRICS, MetricLog, forget_after
-from data_pipeline.loader import LoadStats
+from data_pipeline.loader import Counts, LoadStats
 
 STATS = LoadStats(
     samples=2, tokens=100, clips=3, frames=12, bad=(), fill_tokens=0.5, fill_clips=0.5
@@ -63,14 +63,31 @@ def test_a_loss_that_is_no_number_stops(log):
 
 
 def test_bad_records_are_named_and_counted(log, tmp_path, capsys):
-    log = log(start=0, num_steps=1, every=1)
+    log = log(start=0, num_steps=1, every=1, sources=("web", "ours"))
     bad = (("clip-7", "cut off"), ("clip-[9]", "empty"))
-    log.push(1, metrics(1.0), dataclasses.replace(STATS, bad=bad), waited=0.0)
+    stats = dataclasses.replace(STATS, bad=bad, sources={"web": Counts(9, 3, 1, 1)})
+    log.push(1, metrics(1.0), stats, waited=0.0)
     log.flush()
     said = capsys.readouterr().out
     assert "bad record clip-7 left out at step 1: cut off" in said
     assert "bad record clip-[9] left out at step 1: empty" in said
-    assert lines(tmp_path)[0]["bad_records"] == 2
+    (line,) = lines(tmp_path)
+    assert line["bad_records"] == 2
+    assert [line[f"data/web/{what}"] for what in Counts._fields] == [9, 3, 1, 1]
+    assert line["data/ours/seen"] == 0
+    assert (line["fill_tokens"], line["fill_clips"]) == (0.5, 0.5)
+    assert log.summary() == "samples: web 9 (3 trimmed, 1 dropped, 1 corrupt), ours 0"
+
+
+def test_too_many_bad_records_stop(log):
+    log = log(start=0, num_steps=9, every=2, sources=("web",), max_bad_share=0.1)
+    stats = dataclasses.replace(
+        STATS, bad=(("a", "cut off"),) * 5, sources={"web": Counts(6, 0, 2, 3)}
+    )
+    log.push(1, metrics(1.0), stats, waited=0.0)
+    log.push(2, metrics(1.0), stats, waited=0.0)
+    with pytest.raises(ValueError, match=r"10 of 12 samples .*=0\.1; the latest:\na: cut off"):
+        log.flush()
 
 
 def test_a_resumed_run_writes_its_steps_again(log, tmp_path):

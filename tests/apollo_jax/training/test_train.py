@@ -93,21 +93,55 @@ def test_goes_back_to_the_last_whole_checkpoint(whole, experiment, tmp_path, cap
     assert losses(copy) == losses(whole)
 
 
+def start_two(world: Path, workdir: Path, *, second: str = "") -> list[subprocess.Popen]:
+    """Both processes of a run; the flag `second` is the second one's alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = ["--config.evaluation.every=0", "--distributed"]
+    own: list[list[str]] = [[], [second] * bool(second)]
+    return [
+        start(world, workdir, *flags, f"localhost:{port},2,{i}", *own[i], devices=4)
+        for i in range(2)
+    ]
+
+
 def test_two_processes_continue_the_run_of_one(world, whole, tmp_path):
     """Each feeds its half of the rows to its four devices; the mean is over all."""
     copy = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / "00000008")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = ("--config.evaluation.every=0", "--distributed")
-    both = [start(world, copy, *flags, f"localhost:{port},2,{i}", devices=4) for i in range(2)]
+    both = start_two(world, copy)
     said = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     expected = [line[:2] for line in losses(whole) if line[0] > 6 and line[1]]
     found = [line[:2] for line in losses(copy) if line[0] > 6]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert sorted(os.listdir(copy / "checkpoints")) == ["00000006", "00000008"]
+
+
+def test_bad_data_of_one_process_stop_both_with_the_same_message(world, tmp_path):
+    shards = shutil.copytree(world / "shards", tmp_path / "shards")
+    for file in shards.glob("*.array_record"):
+        file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"---"))
+    both = start_two(world, tmp_path / "run", second=f"--config.data.frames={shards}")
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    stopped = [text[text.index(" samples could not be read") :] for text in said]
+    assert stopped[0] == stopped[1]
+    assert "max_bad_share=0.01; the latest:\nprocess 1: v" in stopped[0]
+    assert "bad record" in said[1]
+    assert "bad record" not in said[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_data_that_one_process_cannot_open_stop_both(world, tmp_path):
+    path = tmp_path / "none.jsonl"
+    both = start_two(world, tmp_path / "run", second=f"--config.data.sources.all.path={path}")
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    for text in said:
+        assert f"process 1: annotation file {path} does not exist" in " ".join(text.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_is_refused(whole, experiment):
