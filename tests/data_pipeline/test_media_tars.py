@@ -165,7 +165,7 @@ def test_an_empty_tar_names_nothing(tmp_path):
 
 def test_names_that_are_no_text_may_clash(tmp_path):
     names = [os.fsdecode(b"caf" + byte + b".mp4") for byte in (b"\xe8", b"\xe9")]
-    one, both = ({name: b"1" for name in part} for part in (names[:1], names))
+    one, both = (dict.fromkeys(part, b"1") for part in (names[:1], names))
     write_tar(tmp_path / "a.tar", one, tarfile.GNU_FORMAT)
     assert contents(find_media(tmp_path / "a.tar")) == {"caf\ufffd.mp4": b"1"}
     write_tar(tmp_path / "a.tar", both, tarfile.GNU_FORMAT)
