@@ -229,7 +229,9 @@ class FrameShards:
         """Decodes clips in place; returns the picture's i32[4] top, left, height, width.
 
         `frame_indices` i64[n, F] are source frame numbers; each shows the stored frame nearest to
-        its time. `canvas` u8[n, F, S, S, 3], or planes u8[n, F, S*S*3//2] (see `canvas.py`), gets
+        its time, number / average fps. What is shown was on screen no further than 0.5 / stored fps
+        seconds from that time, for constant and variable frame rates; in source frames that is
+        0.5 * fps / stored fps, and one more where times in the file are rounded. `canvas` u8[n, F, S, S, 3], or planes u8[n, F, S*S*3//2] (see `canvas.py`), gets
         the picture centred and zeros around it. An image fills every slot. FrameShardError for a
         damaged record, ValueError if S is too small, or for planes of what is not stored as 4:2:0.
         """
@@ -260,7 +262,11 @@ class FrameShards:
                 f"{info.id!r} is stored at {info.height}x{info.width} in {self.path}, larger than "
                 f"the {side(canvas)}-pixel frames asked for; use frame_size={self.spec.size}"
             )
-        if canvas.ndim == 3 and self.spec.subsampling != "420":
+        self.check_layout("rgb" if canvas.ndim == 5 else "yuv420")
+
+    def check_layout(self, layout: str) -> None:
+        """ValueError if the frames cannot be read in this layout, see canvas.py."""
+        if layout == "yuv420" and self.spec.subsampling != "420":
             raise ValueError(
                 f"{self.path} is stored with subsampling {self.spec.subsampling}, whose colours do "
                 "not fit into layout='yuv420'; use layout='rgb', or predecode with 420"

@@ -6,8 +6,11 @@ What a file does to its decoder ends as an entry among the shard's rejected medi
 """
 
 import errno
+import glob
 import importlib.metadata
 import os
+import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -69,7 +72,7 @@ def make_shards(
     when it was planned: then something is wrong with this machine.
     """
     todo = [shard for shard in shards if plan.sidecar(shard) is None]
-    with tempfile.TemporaryDirectory(prefix="predecode-") as scratch:
+    with _scratch_folder() as scratch:
         spec, limits = config.spec, config.media_limits
         tasks = [
             [_Task(m, spec, limits, f"{scratch}/{shard}-{k}") for k, m in enumerate(media)]
@@ -84,6 +87,19 @@ def make_shards(
                 _make_shard(plan, shard, group, results, status)
         finally:
             results.close()
+
+
+def _scratch_folder() -> tempfile.TemporaryDirectory:
+    """In TMPDIR; those of processes that were killed on this machine go."""
+    start = f"predecode-{socket.gethostname()}-"
+    for folder in Path(tempfile.gettempdir()).glob(glob.escape(start) + "*"):
+        try:
+            os.kill(int(folder.name.split("-")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (OSError, ValueError):
+            pass  # another user's
+    return tempfile.TemporaryDirectory(prefix=f"{start}{os.getpid()}-")
 
 
 def _make_shard(

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import struct
+import tempfile
 import zlib
 
 import pytest
@@ -176,6 +177,20 @@ def test_an_input_that_is_gone_is_no_quarantine(videos, tmp_path):
     (tmp_path / "elsewhere").rename(root)
     make_shards(plan, [0], CONFIG)
     assert plan.unfinished() == []
+
+
+def test_scratch_of_a_killed_process_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with predecode_shards._scratch_folder() as mine:
+        killed = pathlib.Path(mine.replace(f"-{os.getpid()}-", "-999999999-"))
+        killed.mkdir()
+        (killed / "records").write_bytes(b"x")
+        with predecode_shards._scratch_folder() as second:
+            assert {path.name for path in tmp_path.iterdir()} == {
+                os.path.basename(mine),
+                os.path.basename(second),
+            }
+    assert os.listdir(tmp_path) == []
 
 
 def test_too_many_rejected_media_are_an_error(videos, tmp_path, capsys):
