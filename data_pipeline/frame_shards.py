@@ -231,9 +231,11 @@ class FrameShards:
         `frame_indices` i64[n, F] are source frame numbers; each shows the stored frame nearest to
         its time, number / average fps. What is shown was on screen no further than 0.5 / stored fps
         seconds from that time, for constant and variable frame rates; in source frames that is
-        0.5 * fps / stored fps, and one more where times in the file are rounded. `canvas` u8[n, F, S, S, 3], or planes u8[n, F, S*S*3//2] (see `canvas.py`), gets
-        the picture centred and zeros around it. An image fills every slot. FrameShardError for a
-        damaged record, ValueError if S is too small, or for planes of what is not stored as 4:2:0.
+        0.5 * fps / stored fps, and one more where times in the file are rounded.
+
+        `canvas` u8[n, F, S, S, 3], or planes u8[n, F, S*S*3//2] (see `canvas.py`), gets the picture
+        centred and zeros around it. An image fills every slot. FrameShardError for a damaged
+        record, ValueError if S is too small, or for planes of what is not stored as 4:2:0.
         """
         info = self.info(media_id)
         self._check_canvas(info, canvas)
