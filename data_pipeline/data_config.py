@@ -40,8 +40,11 @@ class DataConfig:
 
 def sample_maker(config: DataConfig) -> SampleMaker:
     """What makes samples as `config` says; FileNotFoundError or ValueError for wrong paths."""
+    shards = [FrameShards(path) for path in config.frames]
+    for folder in shards:
+        folder.check_layout(config.layout)
     return SampleMaker(
-        shards=[FrameShards(path) for path in config.frames],
+        shards=shards,
         tokenizer=Tokenizer.from_path(config.tokenizer),
         sampling=ClipSampling(
             mode=config.sampling_mode,

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import simplejpeg
 from flax import nnx
 
@@ -18,6 +19,9 @@ from apollo_jax.training import losses, step
 from apollo_jax.training.train import place
 from data_pipeline import canvas
 from data_pipeline.batch import Batch, empty_batch
+from data_pipeline.frame_shard_writer import FrameShardWriter
+from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.loader import Loader
 
 B, L, C, Q, S = 8, 32, 2, 8, 40
 TRAIN = TrainConfig(num_steps=1)
@@ -88,19 +92,47 @@ def test_loss_and_gradient_are_the_same_in_both_layouts():
     assert any(np.any(x) for x in jax.tree.leaves(rgb[1]["vision_tower"]))
 
 
+@jax.jit
+def pictures(batch: Batch):
+    """u8[N, F, S, S, 3], black around the pictures."""
+    frames = jnp.reshape(batch.frames, (-1, *batch.frames.shape[2:]))
+    geometry = jnp.reshape(batch.frame_geometry, (-1, 4))
+    rgb = pixels.to_rgb(frames, geometry)
+    inside = pixels.inside(geometry, rgb.shape[2])[:, None, ..., None]
+    return jnp.where(inside, rgb, jnp.uint8(0))
+
+
 def test_planes_are_converted_where_their_rows_are():
     mesh = sharding.make_mesh(MeshConfig())
     batches = [place(batch_of(layout), mesh) for layout in canvas.LAYOUTS]
 
-    @jax.jit
-    def convert(batch: Batch):
-        frames = jnp.reshape(batch.frames, (B * C, *batch.frames.shape[2:]))
-        geometry = jnp.reshape(batch.frame_geometry, (B * C, 4))
-        rgb = pixels.to_rgb(frames, geometry)
-        return jnp.where(pixels.inside(geometry, S)[:, None, ..., None], rgb, jnp.uint8(0))
-
     with jax.set_mesh(mesh):
-        rgb, planes = map(convert, batches)
-        assert "all-" not in str(convert.lower(batches[1]).compile().as_text())
+        rgb, planes = map(pictures, batches)
+        assert "all-" not in str(pictures.lower(batches[1]).compile().as_text())
     assert planes.sharding.is_equivalent_to(rgb.sharding, planes.ndim)
     np.testing.assert_array_equal(rgb, planes)
+
+
+def test_the_loader_draws_the_same_pictures_in_both_layouts(experiment):
+    loaders = [
+        Loader(experiment({"data.layout": layout}).data, num_steps=2) for layout in canvas.LAYOUTS
+    ]
+    for (rgb, _), (planes, _) in zip(*loaders, strict=True):
+        assert planes.frames.nbytes * 2 == rgb.frames.nbytes
+        np.testing.assert_array_equal(pictures(planes), pictures(rgb))
+        for name in set(Batch._fields) - {"frames"}:
+            np.testing.assert_array_equal(getattr(planes, name), getattr(rgb, name), name)
+    for loader in loaders:
+        loader.close()
+
+
+def test_shards_with_full_colours_have_no_planes(experiment, tmp_path):
+    spec = ShardSpec(size=32, subsampling="444")
+    writer = FrameShardWriter(tmp_path / "444", spec)
+    jpeg = spec.encode(np.zeros((32, 32, 3), np.uint8))
+    info = MediaInfo("grey.png", "image", 1, 1.0, 0.0, 1, 1.0, 32, 32)
+    writer.add(info, encode_segments(info.id, [jpeg], [0.0], (32, 32), spec))
+    writer.close()
+    data = experiment({"data.layout": "yuv420"}).data
+    with pytest.raises(ValueError, match=r"444 is stored with subsampling 444.*layout='rgb'"):
+        Loader(replace(data, frames=(str(tmp_path / "444"),)), num_steps=1)
