@@ -12,8 +12,8 @@ import json
 import os
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ class ShardFile:
             self._writer = ArrayRecordWriter(str(self._temporary), "group_size:1,uncompressed")
         self.media.append({**asdict(info), "record": self.records, **facts})
         for record in records:
-            self._writer.write(record)
+            with self._faults():
+                self._writer.write(record)
             self.records += 1
             self.bytes += len(record)
 
@@ -83,11 +84,15 @@ class ShardFile:
         self.rejected.append({"id": media_id, "reason": reason, "detail": detail})
 
     def commit(self, **facts: Any) -> dict[str, Any]:
-        """Makes the shard a finished one; returns its sidecar, `facts` included."""
+        """Makes the shard a finished one; returns its sidecar, `facts` included.
+
+        ValueError if it cannot be written, because the disk is full for example.
+        """
         shard: dict[str, Any] = {"file": None, "records": self.records, "bytes": 0, "sha256": None}
         try:
             if self._writer is not None:
-                self._writer.close()
+                with self._faults():
+                    self._writer.close()
                 with self._temporary.open("rb+") as f:
                     os.fsync(f.fileno())
                     shard["sha256"] = hashlib.file_digest(f, "sha256").hexdigest()
@@ -99,6 +104,13 @@ class ShardFile:
         shard |= {**facts, "media": self.media, "rejected": self.rejected}
         write_atomic(self.sidecar, json.dumps(shard).encode())
         return shard
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # what ArrayRecord makes of a full disk
+            raise ValueError(f"{self.path} cannot be written: {error}") from error
 
     def discard(self) -> None:
         """Leaves no file behind."""

@@ -68,8 +68,8 @@ def make_shards(
 ) -> None:
     """Makes those of `shards` that are unfinished, one after the other, each at once or not at all.
 
-    OSError if the disk is full, FileNotFoundError if all media of a shard are gone that were there
-    when it was planned: then something is wrong with this machine.
+    ValueError if the disk is full, FileNotFoundError if all media of a shard are gone that were
+    there when it was planned: then something is wrong with this machine.
     """
     todo = [shard for shard in shards if plan.sidecar(shard) is None]
     with _scratch_folder() as scratch:
@@ -111,7 +111,7 @@ def _make_shard(
             if isinstance(result, _Stored):
                 shard.add(result.info, result.records, **result.facts)
             elif result.reason == _NO_SPACE:
-                raise OSError(errno.ENOSPC, f"{result.detail}; TMPDIR names another folder")
+                raise ValueError(f"{result.detail}: TMPDIR may name a folder with more space")
             else:
                 shard.reject(task.medium.id, result.reason, result.detail)
             Path(task.spool).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ import zlib
 import pytest
 from PIL import Image
 
-from data_pipeline import predecode_shards
+from data_pipeline import frame_shard_writer, predecode_shards
 from data_pipeline.frame_shards import FrameShards, ShardSpec
 from data_pipeline.media_encoding import MediaLimits, encode_video
 from data_pipeline.media_files import Medium, find_media
@@ -177,6 +177,49 @@ def test_an_input_that_is_gone_is_no_quarantine(videos, tmp_path):
     (tmp_path / "elsewhere").rename(root)
     make_shards(plan, [0], CONFIG)
     assert plan.unfinished() == []
+
+
+class Full:
+    """An ArrayRecord writer on a full disk."""
+
+    def __init__(self, path, options):
+        open(path, "wb").close()
+
+    def write(self, record):
+        pass
+
+    def close(self):
+        raise RuntimeError("write() failed: No space left on device")
+
+    def is_open(self):
+        return True
+
+
+def test_a_full_disk_stops_the_job_and_leaves_nothing(videos, tmp_path, monkeypatch):
+    path = videos.write(tmp_path / "v.mp4", count=3)
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(frame_shard_writer, "ArrayRecordWriter", Full)
+        with pytest.raises(ValueError, match=r"frames-00000.* cannot be written: .*No space"):
+            predecode([path], output, CONFIG, progress=False)
+    assert os.listdir(output) == ["plan.jsonl"]
+    assert predecode([path], output, CONFIG, progress=False).stored == 1
+
+
+def test_a_full_scratch_folder_is_no_fault_of_the_file(videos, tmp_path, monkeypatch):
+    path = videos.write(tmp_path / "v.mp4", count=3)
+
+    def append(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(predecode_shards.RecordSpool, "append", append)
+    medium = Medium("v.mp4", "video", str(path), path.stat().st_size)
+    task = predecode_shards._Task(medium, ShardSpec(size=64), MediaLimits(), str(tmp_path / "s"))
+    result = predecode_shards._encode(task, lambda frames: None)
+    plan = begin_plan(tmp_path / "out", CONFIG, [medium])
+    with pytest.raises(ValueError, match=r"No space left on device: TMPDIR"):
+        predecode_shards._make_shard(plan, 0, [task], iter([result]), None)
+    assert plan.unfinished() == [0]
 
 
 def test_scratch_of_a_killed_process_is_removed(tmp_path, monkeypatch):
