@@ -32,6 +32,7 @@ from data_pipeline.sources import Source, SourceConfig
 
 __all__ = ["WINDOW", "Counts", "DataConfig", "LoadStats", "Loader", "SourceConfig", "sample_maker"]
 
+_log = logging.getLogger(__name__)
 WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fill
 _MANY = 100_000  # records that are better measured once than by every process
 
@@ -103,10 +104,12 @@ class Loader:
         numbers = {name: len(source) for name, source in self._sources.items()}
         unknown = [name for name, table in tables.items() if table is None]
         if sum(numbers[name] for name in unknown) > _MANY and not quiet:
-            logging.warning(
-                "%s: samples are measured when they are first planned, by every process; to do "
-                "that once: apollo-jax data check --config FILE",
-                ", ".join(unknown),
+            _log.warning(
+                "%d of %d sources (%s): samples are measured when they are first planned, by every "
+                "process; to do that once: apollo-jax data check --config FILE",
+                len(unknown),
+                len(tables),
+                ", ".join(unknown[:5]) + ", .." * (len(unknown) > 5),
             )
         weights = {name: source.weight for name, source in config.sources.items()}
         tokens = {n: None if t is None else t[:, TOKENS] for n, t in tables.items()}

@@ -156,5 +156,5 @@ def test_many_records_without_a_table_are_mentioned_once(tiny_data, monkeypatch,
             compute(config, name)
         Loader(config, num_steps=1).close()
     (said,) = caplog.messages
-    assert said.startswith("text, video: samples are measured when they are first planned")
+    assert said.startswith("2 of 2 sources (text, video): samples are measured when they are")
     assert "apollo-jax data check" in said
