@@ -20,12 +20,13 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WORKDIR ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo test check parity format lock
+.PHONY: help demo test check parity tpu format lock
 help:
 	@echo 'make demo     build a video language model out of mp4 files and watch it answer'
 	@echo 'make test     the tests'
 	@echo 'make check    lint, formatting and types'
 	@echo 'make parity   the tests that compare with PyTorch (installs the torch extra)'
+	@echo 'make tpu      the tests that compile for TPUs, on any Linux machine (fetches libtpu)'
 	@echo 'make format   let ruff mend what it can'
 	@echo 'make lock     resolve requirements/lock-*.txt again'
 
@@ -42,6 +43,10 @@ check: $(VENV)/.installed
 
 parity: $(VENV)/.torch
 	$(BIN)/python -m pytest -m parity $(ARGS)
+
+# Where libtpu is on the path, jax looks for TPUs and complains: so it is kept apart.
+tpu: $(VENV)/libtpu/.installed
+	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -m tpu $(ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
@@ -60,6 +65,10 @@ $(VENV)/.installed: $(LOCK).txt pyproject.toml
 
 $(VENV)/.torch: $(LOCK)-torch.txt $(VENV)/.installed
 	$(PIP) -r $(LOCK).txt -r $(LOCK)-torch.txt
+	@touch $@
+
+$(VENV)/libtpu/.installed: $(LOCK)-tpu.txt $(VENV)/.installed
+	$(PIP) --no-deps --upgrade --target $(VENV)/libtpu -r $(LOCK)-tpu.txt
 	@touch $@
 
 requirements/lock-py%.txt:

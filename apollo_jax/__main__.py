@@ -16,7 +16,10 @@ COMMANDS = {
     "generate": ("apollo_jax.inference.generate", "answer a question about a video"),
     "chat": ("apollo_jax.inference.chat", "talk about a video in the terminal"),
     "convert": ("apollo_jax.checkpoints.convert", "to and from the published checkpoint layout"),
-    "plan": ("apollo_jax.planning.plan", "what a recipe needs of a TPU slice, found by compiling it"),
+    "plan": (
+        "apollo_jax.planning.plan",
+        "what a recipe needs of a TPU slice, found by compiling it",
+    ),
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the exact versions that `make` installs: lock-pyXY.txt and, on top, lock-pyXY-torch.txt.
+"""Writes the versions that `make` installs: lock-pyXY.txt and, on top, -torch.txt and -tpu.txt.
 
 Run by `make lock` with the interpreter to lock for. Pins are names and versions only: which index
 serves them is the reader's own pip configuration.
@@ -50,8 +50,10 @@ def main() -> None:
         for name, version in resolve(pinned + extras["torch"] + ORACLE).items()
         if name not in base and not name.startswith(GPU_ONLY)
     }
+    compiler = {"libtpu": resolve(pinned + extras["tpu"])["libtpu"]}
     write(HERE / f"lock-py{PYTHON}.txt", "Everything to run and to develop apollo_jax.", base)
     write(HERE / f"lock-py{PYTHON}-torch.txt", "On top of it: what `make parity` needs.", oracle)
+    write(HERE / f"lock-py{PYTHON}-tpu.txt", "Beside it: what `make tpu` needs.", compiler)
 
 
 if __name__ == "__main__":

@@ -160,4 +160,4 @@ def test_ci_runs_the_documented_commands():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = re.findall(r"^make (\w+)$", script.read_text(), flags=re.MULTILINE)
-    assert commands == ["check", "test", "parity"]
+    assert commands == ["check", "test", "parity", "tpu"]

@@ -57,7 +57,8 @@ class Compiled:
 def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
     """The global batch as shapes on the mesh."""
     data = experiment.data
-    row = empty_batch(1, data.length, data.clips, data.frames_per_clip, data.frame_size)
+    frames = data.frames_per_clip, data.frame_size, data.layout
+    row = empty_batch(1, data.length, data.clips, *frames)
     place = sharding.batch_sharding(mesh)
 
     def shape(x: np.ndarray) -> Any:

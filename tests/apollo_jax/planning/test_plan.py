@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("libtpu")
+pytestmark = pytest.mark.tpu
 
 OVERRIDES = {
     "data.batch_size": "16",
@@ -31,7 +31,9 @@ def test_the_real_step_is_compiled(tmp_path):
     facts = json.loads((tmp_path / "plan.json").read_text())
     assert facts["fits"]
     assert facts["memory"]["peak"] == sum(v for k, v in facts["memory"].items() if k != "peak")
-    assert 1.0 <= facts["executed_flops"] / facts["model_flops"] < 5  # heads of 12 are padded to 128
+    assert (
+        1.0 <= facts["executed_flops"] / facts["model_flops"] < 5
+    )  # heads of 12 are padded to 128
     assert facts["kernel_flops"] > 0  # 256 queries: the decoder's attention is splash
     assert not facts["kernels_not_counted"]
     axes = {axis for c in facts["collectives"] for axis in c["axes"]}
