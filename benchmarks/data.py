@@ -28,7 +28,6 @@ import data_readers
 import data_storage
 from data_media import Film, Rows, film
 
-LAYOUTS = ("rgb", "yuv420")
 # film, at most so many clips (0 = 2 frames of every second), what we aim at against decord
 CASES = {
     "720p, dense": ("720p", 0, 190),
@@ -62,7 +61,7 @@ def readers(bench: Bench) -> Rows:
         video = bench.film(name)
         clips = data_readers.wanted(video, max_clips)
         print(f"{case}: {clips.size} frames", file=sys.stderr, flush=True)
-        ways = data_readers.ways(video, clips, bench.folder, LAYOUTS)
+        ways = data_readers.ways(video, clips, bench.folder, round(10_000 / bench.shorter))
         speeds = data_readers.measure(ways, bench.rounds)
         median = {way: statistics.median(values) for way, values in speeds.items()}
         for way, speed in sorted(median.items(), key=lambda item: -item[1]):

@@ -127,7 +127,7 @@ def _first(config: DataConfig, state: dict[str, Any] | None) -> dict[str, Any]:
         next(loader)
         first = time.perf_counter()
         took = cpu_seconds() - cpu
-        while loader.get_state()["next_step"] < 20:
+        while loader.get_state()["next_step"] < 3:
             next(loader)
         return {
             "opened, s": opened - begun,

@@ -19,6 +19,7 @@ import numpy as np
 import simplejpeg
 from data_media import CANVAS, Film, Q, cpu_seconds, data_config, write_records
 
+from data_pipeline.canvas import LAYOUTS, frame_shape
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.loader import Loader
 from data_pipeline.sampling import ClipSampling, sample_clips
@@ -62,9 +63,13 @@ def wanted(film: Film, max_clips: int) -> np.ndarray:
 # ---- ours
 
 
-def complete(film: Film, clips: np.ndarray, layout: str, folder: Path) -> Way:
-    """Read, prompt, tokenise, pack and decode to batches: conversations about the film."""
-    records, per_row = max(4, 3000 // clips.size), max(1, 64 // len(clips))
+def complete(film: Film, clips: np.ndarray, layout: str, folder: Path, frames: int) -> Way:
+    """Read, prompt, tokenise, pack and decode to batches: conversations about the film.
+
+    A round is so many `frames` that threads and memory are warm for most of it.
+    """
+    per_row = max(1, 64 // len(clips))
+    records = max(4 * per_row, frames // clips.size)
     source = write_records(folder / f"{film.path.stem}.jsonl", records, film.id, text_share=0)
     config = data_config(
         film,
@@ -73,7 +78,7 @@ def complete(film: Film, clips: np.ndarray, layout: str, folder: Path) -> Way:
         clips=per_row * len(clips),
         max_clips=len(clips),
         prefetch=1,
-        **({"layout": layout} if layout != "rgb" else {}),
+        layout=layout,
     )
 
     def prepare() -> Callable[[], int]:
@@ -89,15 +94,19 @@ def complete(film: Film, clips: np.ndarray, layout: str, folder: Path) -> Way:
 
 
 def bare(film: Film, clips: np.ndarray, layout: str) -> Way:
-    """The shards' frames alone, on fresh canvases."""
+    """The shards' frames alone, on a canvas that was used before."""
     shards = FrameShards(film.shards)
-    tail = (CANVAS, CANVAS, 3) if layout == "rgb" else (CANVAS * CANVAS * 3 // 2,)
 
-    def load() -> int:
-        shards.read_clips(film.id, clips, np.zeros((*clips.shape, *tail), np.uint8))
-        return clips.size
+    def prepare() -> Callable[[], int]:
+        canvas = np.ones((*clips.shape, *frame_shape(layout, CANVAS)), np.uint8)
 
-    return lambda: load
+        def load() -> int:
+            shards.read_clips(film.id, clips, canvas)
+            return clips.size
+
+        return load
+
+    return prepare
 
 
 def normalised(frames: np.ndarray) -> list[np.ndarray]:
@@ -241,9 +250,9 @@ def from_tar(film: Film, clips: np.ndarray) -> Iterator[np.ndarray]:
     info = FrameShards(film.shards).info(film.id)
     stored = np.floor(clips / info.fps * info.stored_fps + 0.5).astype(int)
     top = (CANVAS - info.height) // 2
+    canvas = np.zeros((clips.shape[1], CANVAS, CANVAS, 3), np.uint8)
     for sample in WebDataset(str(film.tar), shardshuffle=False):
         for clip in stored.clip(0, info.stored_frames - 1):
-            canvas = np.zeros((len(clip), CANVAS, CANVAS, 3), np.uint8)
             for slot, number in zip(canvas, clip, strict=True):
                 simplejpeg.decode_jpeg(
                     sample[f"{number:05d}.jpg"], buffer=slot[top : top + info.height]
@@ -251,12 +260,12 @@ def from_tar(film: Film, clips: np.ndarray) -> Iterator[np.ndarray]:
             yield canvas
 
 
-def ways(film: Film, clips: np.ndarray, folder: Path, layouts: tuple[str, ...]) -> dict[str, Way]:
+def ways(film: Film, clips: np.ndarray, folder: Path, frames: int) -> dict[str, Way]:
     """Everything that can be measured here; checks first that the decoders show the same frames."""
     mp4 = decoders(film)
     _agree(film, mp4, clips[: len(clips) : max(1, len(clips) // 3)])
-    found = {f"{COMPLETE}{at}": complete(film, clips, at, folder) for at in layouts}
-    found |= {f"shards alone: {at}": bare(film, clips, at) for at in layouts}
+    found = {f"{COMPLETE}{at}": complete(film, clips, at, folder, frames) for at in LAYOUTS}
+    found |= {f"shards alone: {at}": bare(film, clips, at) for at in LAYOUTS}
     found["shards, float32"] = _each(with_shards(film), clips, normalised)
     if importlib.util.find_spec("webdataset"):
         found[TARS] = _each(functools.partial(from_tar, film), clips)
