@@ -61,7 +61,8 @@ def predecode(
     start = time.monotonic()
     plan = plan_job(source, output, config, root=root)
     config = _with_plan(config, plan)
-    if "manifest.json" in plan.names() and not plan.unfinished():
+    whole = all(plan.sidecar(shard) for shard in range(len(plan)))
+    if whole and "manifest.json" in plan.names():
         return report(plan.name, _sidecars(plan), start)
     mine = range(task[0], len(plan), task[1])
     if runner:
@@ -214,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
 
     def setting(name: str, kind: type, text: str) -> None:
         flag = "--" + name.replace("_", "-")
-        add(flag, type=kind, help=f"{text} (default {getattr(DEFAULTS, name):g})")
+        add(flag, type=kind, help=f"{text} (default {getattr(DEFAULTS, name)})")
 
     add(
         "--input",

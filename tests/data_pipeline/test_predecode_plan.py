@@ -151,11 +151,13 @@ def test_the_same_shard_made_twice_at_once(folder, tmp_path):
     assert FrameShards(tmp_path / "out").verify() == []
 
 
-def test_a_shard_that_was_cut_off_is_made_again(folder, tmp_path):
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_shard_that_was_cut_off_is_made_again(folder, tmp_path, complete):
     output = tmp_path / "out"
     predecode(folder, output, CONFIG, progress=False)
     before = contents(output)
-    (output / "manifest.json").unlink()
+    if not complete:
+        (output / "manifest.json").unlink()
     (output / "frames-00002.array_record").write_bytes(b"half")
     predecode(None, output, CONFIG, progress=False)
     assert contents(output) == before
