@@ -187,6 +187,20 @@ def test_threads_and_prefetch_do_not_matter(root):
     assert not np.array_equal(load(data(root, seed=1), 1)[0][0].tokens, whole[0][0].tokens)
 
 
+def test_planes_show_the_same_pictures(root):
+    config = data(root, layout="yuv420")
+    for (batch, stats), (rgb, same) in zip(load(config, 3), load(data(root), 3), strict=True):
+        assert batch.frames.shape == (8, C, F, S * S * 3 // 2)
+        assert stats == same
+        np.testing.assert_array_equal(batch.tokens, rgb.tokens)
+        np.testing.assert_array_equal(batch.frame_geometry, rgb.frame_geometry)
+        luma = batch.frames[..., : S * S].reshape(8, C, F, S, S)
+        np.testing.assert_allclose(luma.astype(int), rgb.frames[..., 0], atol=2)  # all is grey
+        assert not batch.frames[~batch.clip_mask].any()
+    with pytest.raises(ValueError, match="layout 'bgr' is not one of rgb, yuv420"):
+        Loader(data(root, layout="bgr"), num_steps=1)
+
+
 def test_an_epoch_has_every_record_exactly_once(root):
     texts = [record(f"t{t}", "?", f"This is {t}.") for t in range(100)]
     config = data(root, {"t": texts}, batch_size=1)
