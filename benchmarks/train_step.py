@@ -84,7 +84,8 @@ def clips_of(sample: Rendered) -> int:
 def make_batches() -> tuple[Batch, Batch]:
     """The same samples packed into rows, and each in a row of its own."""
     samples = make_samples(200)
-    rows = packing.pack([(len(s.tokens), clips_of(s)) for s in samples], DATA.length, DATA.clips)
+    sizes = np.array([(len(s.tokens), clips_of(s)) for s in samples])
+    rows = packing.pack(sizes, DATA.length, DATA.clips)
     np.random.default_rng(1).shuffle(rows)
     chosen = [[samples[i] for i in row] for row in rows[: DATA.batch_size]]
     alone = [[sample] for row in chosen for sample in row]

@@ -35,7 +35,7 @@ def run_beam(plan: Plan, config: PredecodeConfig, runner: str, options: Sequence
         ) from error
     options = list(options)
     if runner == "direct":
-        from apache_beam.runners.portability.fn_api_runner import (  # pyright: ignore[reportMissingImports]
+        from apache_beam.runners.portability.fn_api_runner import (  # pyright: ignore
             FnApiRunner,
         )
 
