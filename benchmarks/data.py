@@ -83,7 +83,7 @@ PARTS: dict[str, Callable[[Bench], Rows]] = {
     "mixture": lambda b: data_loader.mixture(b.folder, b.film("720p"), 40, b.records),
     "memory": lambda b: data_loader.memory(b.folder, b.film("720p"), b.records // 10),
     "latency": lambda b: data_loader.latency(
-        b.folder, b.film("720p"), min(4, 1 + b.records // 10_000)
+        b.folder, b.film("720p"), 2 if b.records > 10_000 else 1
     ),
     "storage": lambda b: data_storage.storage(b.film("720p")),
     "predecode": lambda b: data_storage.predecode([b.film(name) for name in SECONDS]),

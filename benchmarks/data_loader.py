@@ -168,24 +168,25 @@ def _open(config: DataConfig, _: object) -> dict[str, Any]:
 def memory(folder: Path, film: Film, records: int) -> Rows:
     """Resident memory while so many records pass, after the first tenth and at the end."""
     source = write_records(folder / "memory.jsonl", records, film.id, text_share=0.97)
-    config = data_config(film, {"all": source}, max_clips=2)
-    return {f"{records} records": _job("pass", config, folder)}
+    config = data_config(film, {"all": source}, max_clips=2, clips=8)
+    return {f"{records:,} records": _job("pass", config, folder)}
 
 
 def _pass(config: DataConfig, _: object) -> dict[str, Any]:
     with open(config.sources["all"].path) as lines:
         wanted = sum(1 for _ in lines)
-    seen, resident = 0, []
+    seen, batch_bytes, resident = 0, 0, []
     with closing(Loader(config, num_steps=wanted)) as loader:
-        for _, stats in loader:
+        for batch, stats in loader:
             seen += stats.samples
+            batch_bytes = sum(array.nbytes for array in batch)
             resident.append((seen, _resident()))
             if seen >= wanted:
                 break
     marks = [next(r for s, r in resident if s >= share * wanted) for share in (0.1, 0.5, 1.0)]
     names = ("MB at 10 %", "MB at 50 %", "MB at the end")
-    peak = {"peak, MB": max(r for _, r in resident)}
-    return dict(zip(names, marks, strict=True)) | peak | {"batches": len(resident)}
+    others = {"batches": len(resident), "MB of one": batch_bytes / 1e6}
+    return dict(zip(names, marks, strict=True)) | others
 
 
 JOBS = {"first": _first, "measure": _measure, "open": _open, "pass": _pass}
@@ -228,7 +229,7 @@ def latency(folder: Path, film: Film, steps: int) -> Rows:
     try:
         for threads in (1, 2, 4, 8, 16, 32):
             config = data_config(
-                film, {"all": source}, max_clips=2, clips=4, batch_size=8, threads=threads
+                film, {"all": source}, max_clips=2, clips=4, batch_size=32, threads=threads
             )
             begun = time.perf_counter()
             with closing(Loader(config, num_steps=steps)) as loader:
