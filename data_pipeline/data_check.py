@@ -39,7 +39,7 @@ class SourceReport:
     path: str
     weight: float
     records: int = 0
-    fault: str = ""  # why the source cannot be opened at all
+    fault: str = ""  # why training could not open the source at all
     tokens: int = 0
     clips: int = 0
     hours: float = 0.0  # of the videos behind them
@@ -116,6 +116,8 @@ def check(
         except OSError as error:
             raise ValueError(f"source {name!r}: {error}; {_ELSEWHERE}") from error
         report.kept = str(folder(settings, config.sizes) or "")
+        if config.weight_by == "tokens" and not report.kept:
+            report.fault = f"weight_by='tokens' needs what was measured, but {_NOWHERE}"
         source, _ = open_measured(settings, maker, config.sizes, config.max_bad_share)
         _describe(report, tables[name], source, maker)
     found = DataReport(reports, num_steps * config.batch_size, config.max_bad_share)
@@ -124,6 +126,7 @@ def check(
     return found
 
 
+_NOWHERE = "it has no folder of its own to keep that in: config.data.sizes names one"
 _ELSEWHERE = "tables of sizes are kept there, or in the folder that config.data.sizes names"
 
 

@@ -7,6 +7,7 @@ Q visual tokens per clip.
 
 from dataclasses import dataclass
 
+from data_pipeline.canvas import frame_shape
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.samples import SampleMaker
 from data_pipeline.sampling import ClipSampling
@@ -41,8 +42,10 @@ class DataConfig:
 def sample_maker(config: DataConfig) -> SampleMaker:
     """What makes samples as `config` says; FileNotFoundError or ValueError for wrong paths."""
     shards = [FrameShards(path) for path in config.frames]
+    frame_shape(config.layout, config.frame_size)
     for folder in shards:
         folder.check_layout(config.layout)
+        folder.check_size(config.frame_size)
     return SampleMaker(
         shards=shards,
         tokenizer=Tokenizer.from_path(config.tokenizer),

@@ -143,7 +143,11 @@ def write_manifest(
             sources.update(f"{row.get('source_sha256')} {row['id']}\0".encode())
     rejected = dict(reasons.most_common())
     if not ids:
-        raise ValueError(f"{directory}: nothing to store, all media were rejected: {rejected}")
+        hint = "; --root says which folder names are relative to" * ("missing" in rejected)
+        raise ValueError(
+            f"{directory}: nothing to store, all media were rejected: {rejected}; see "
+            f"quarantine.jsonl{hint}"
+        )
     arrays: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
     # NUL cannot occur in a path, so it separates the names.
     arrays["ids"] = np.frombuffer("\0".join(ids).encode(), np.uint8)

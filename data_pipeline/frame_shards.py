@@ -190,7 +190,10 @@ class FrameShards:
         there = set(os.listdir(self.path))  # one request, where a stat per shard would be many
         for shard in shards:
             if shard["file"] and shard["file"] not in there:
-                raise FileNotFoundError(f"{self.path / shard['file']} is named by {manifest}")
+                raise FileNotFoundError(
+                    f"{self.path / shard['file']} does not exist, but manifest.json names it: copy "
+                    f"it again, or `apollo-jax shards repair {self.path}` drops what it held"
+                )
 
     def __getstate__(self):
         return {"path": self.path}
@@ -272,6 +275,16 @@ class FrameShards:
             raise ValueError(
                 f"{self.path} is stored with subsampling {self.spec.subsampling}, whose colours do "
                 "not fit into layout='yuv420'; use layout='rgb', or predecode with 420"
+            )
+
+    def check_size(self, side: int) -> None:
+        """ValueError if frames are stored that a canvas of `side` pixels cannot hold."""
+        largest = int(max(self._columns["height"].max(), self._columns["width"].max()))
+        if largest > side:
+            raise ValueError(
+                f"{self.path} holds frames of up to {largest} pixels, more than the "
+                f"frame_size={side} asked for: predecode with --size {side}, or make frame_size "
+                f"{self.spec.size} if the model takes that"
             )
 
     def _jpegs(self, media_id: str, frames: list[int]) -> list[memoryview]:

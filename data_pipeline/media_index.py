@@ -40,7 +40,8 @@ class MediaIndex:
         except FileNotFoundError:
             raise
         except Exception as error:  # zipfile, zlib and numpy have one of their own for each damage
-            raise ValueError(f"{path} is damaged: {error}") from error
+            again = f"`apollo-jax shards repair {Path(path).parent}` writes it again"
+            raise ValueError(f"{path} is damaged: {error}; {again}") from error
         blob = np.frombuffer(self._names, np.uint8)
         self._starts = np.concatenate(([0], np.flatnonzero(blob == 0) + 1))  # i64[N+1]
         lengths = {name: len(column) for name, column in self.columns.items()}

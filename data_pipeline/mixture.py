@@ -31,7 +31,8 @@ def draw_weights(
         if lengths is None:
             raise ValueError(
                 f"weight_by='tokens' needs the sizes of all samples of source {name!r}; measure "
-                "them once: apollo-jax data check --config FILE"
+                "them once: apollo-jax data check --config FILE (and say the same "
+                "config.data.sizes, a folder for them, if the source is not a file)"
             )
         mean = float(np.mean(lengths))
         if weight > 0 and mean == 0:

@@ -53,7 +53,8 @@ class PredecodeConfig:
 
     def __post_init__(self):
         if self.fps <= 0 or self.size < 2 or not 1 <= self.quality <= 100:
-            raise ValueError(f"fps > 0, size >= 2 and quality in 1..100 are needed: {self}")
+            given = f"fps {self.fps}, size {self.size}, quality {self.quality}"
+            raise ValueError(f"fps > 0, size >= 2 and quality in 1..100 are needed, not {given}")
         if self.subsampling not in ("420", "422", "444"):
             raise ValueError(f"subsampling {self.subsampling!r} is not one of 420, 422, 444")
         if min(self.max_hours, self.max_pixels, self.shard_bytes, self.file_seconds) <= 0:
@@ -176,14 +177,24 @@ def begin_plan(output: str | Path, config: PredecodeConfig, media: Sequence[Medi
     except FileNotFoundError:
         _write_plan(output, job, config, media)
         plan = open_plan(output)
-    begun = plan.job
-    changed = [f"{k} {begun.get(k)} there, {v} now" for k, v in job.items() if begun.get(k) != v]
+    changed = _changes(plan.job, job)
     if changed:
         raise ValueError(
             f"{output} was begun with other settings or another input ({'; '.join(changed)}): "
             "choose another output, or delete that folder to start again"
         )
     return plan
+
+
+def _changes(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two jobs differ, in words."""
+    differ = [key for key in there | now if there.get(key) != now.get(key)]
+    values = [
+        f"{key} {there.get(key, 'not said')} there, {now.get(key, 'not said')} now"
+        for key in differ
+        if key != "input"
+    ]
+    return values + ["the input has other media"] * ("input" in differ)
 
 
 def _write_plan(

@@ -125,7 +125,10 @@ class JsonlSource:
         faulty = np.flatnonzero(self._records[:, 2] < 0)
         if len(faulty) <= max_bad_share * len(self):
             return
-        lines = [f"{len(faulty)} faulty records in {self.path}:"]
+        lines = [
+            f"{len(faulty)} faulty records in {self.path}, of {len(self)}, more than "
+            f"max_bad_share={max_bad_share}:"
+        ]
         for index in faulty[:_ERRORS_SHOWN].tolist():
             try:
                 self[index]

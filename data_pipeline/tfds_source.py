@@ -205,6 +205,12 @@ def _builder(name: str, config: SourceConfig) -> Any:
             f"{config.path}: no such dataset in {where}{_there(config.data_dir)}; the source's "
             "data_dir says where it was built"
         ) from None
+    except ValueError:  # TFDS says all that a name may be
+        raise FileNotFoundError(
+            f"{config.path}: there is no dataset in the folder {name} (no features.json), and no "
+            "dataset has such a name; write tfds:NAME[/CONFIG][:VERSION]@SPLIT or "
+            "tfds:FOLDER@SPLIT"
+        ) from None
 
 
 def _there(data_dir: str) -> str:

@@ -147,14 +147,19 @@ def test_conversations_become_a_tfds_dataset_that_a_config_names(root, capsys):
     (root / "in").mkdir()
     (root / "shards").rename(root / "in" / "frames")
     (root / "videos.jsonl").rename(root / "in" / "train.jsonl")
-    data.main(["tfds", "--input", str(root / "in"), "--output", str(root / "out"), "--frames"])
-    name = re.search(r"sources name it (\S+)@SPLIT", capsys.readouterr().out)
-    assert name is not None
+    command = [sys.executable, "-m", "apollo_jax", "data", "tfds", "--frames"]
+    folders = ["--input", str(root / "in"), "--output", str(root / "out")]
+    done = subprocess.run([*command, *folders], capture_output=True, text=True)
+    name = re.search(r"sources name it (\S+)@SPLIT", done.stdout)
+    assert name is not None, done.stderr
     changed = [f"--config.data.sources.videos.path={name[1]}@train", "--config.data.frames="]
     assert call(root, "check", *changed) == 0
     out = capsys.readouterr().out
     assert "2 of 6 records (33.33%) lose clips" in out
     assert "not kept for the loader: the sizes of videos; config.data.sizes names a folder" in out
+    assert call(root, "check", "--config.data.weight_by=tokens", *changed) == 1
+    out = capsys.readouterr().out
+    assert "fails: source 'videos': weight_by='tokens' needs what was measured, but" in out
     picture = root / "s.png"
     assert call(root, "show", "--output", str(picture), *changed) == 0
     with Image.open(picture) as sheet:
@@ -190,6 +195,7 @@ def test_a_sample_is_shown_with_a_picture_of_its_frames(root, capsys):
         ),
         (["check", "--config.data.tokenizer=REQUIRED"], "add --config.data.tokenizer=PATH"),
         (["check", "--config.data.frames=nowhere"], "nowhere is no complete set of frame shards"),
+        (["check", "--config.data.layout=bgr"], "layout 'bgr' is not one of rgb, yuv420"),
         (["check", "--config.data.lenght=9"], "did you mean config.data.length"),
     ],
 )

@@ -103,6 +103,13 @@ def test_a_canvas_too_small_is_an_error(shards):
         shards.read_clips("wide.mp4", np.zeros((1, 4), int), np.zeros((1, 4, 48, 48, 3), np.uint8))
 
 
+def test_a_set_is_refused_at_once_if_its_frames_are_too_large(shards):
+    largest = max(max(row["height"], row["width"]) for row in shards.index.rows())
+    shards.check_size(largest)
+    with pytest.raises(ValueError, match=f"up to {largest} pixels.*predecode with --size"):
+        shards.check_size(largest - 1)
+
+
 def test_the_header_describes_its_segment():
     jpegs, pts = [b"a", b"bc", b"def", b"g", b"hi", b"j", b"kl"], [0.0, 0.49, 1, 1.5, 2, 2.5, 3]
     first, second = encode_segments("x", jpegs, pts, (36, 64), SPEC)
@@ -184,7 +191,7 @@ def test_an_unfinished_set_is_refused_then_continued(tmp_path):
 
 def test_a_missing_shard_is_named(shards):
     (shards.path / "frames-00000.array_record").unlink()
-    with pytest.raises(FileNotFoundError, match=r"frames-00000.array_record"):
+    with pytest.raises(FileNotFoundError, match=r"00000.array_record does not exist.*repair"):
         FrameShards(shards.path)
 
 

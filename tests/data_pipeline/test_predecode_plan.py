@@ -79,6 +79,8 @@ def test_a_plan_is_read_back(folder, tmp_path):
     assert plan.unfinished() == [0, 1, 2]
     with pytest.raises(ValueError, match="shards 3 there, 4 now"):
         begin_plan(tmp_path / "out", PredecodeConfig(fps=2.0, size=64, shards=4), media)
+    with pytest.raises(ValueError, match=r"media 8 there, 7 now; the input has other media\)"):
+        begin_plan(tmp_path / "out", CONFIG, media[1:])
 
 
 def test_those_who_plan_at_once_agree_or_fail(tmp_path):

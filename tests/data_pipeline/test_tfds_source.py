@@ -196,6 +196,7 @@ def test_the_fingerprint_tells_datasets_splits_and_templates_apart(root):
     [
         ("tfds:animals", {}, "names no split; write tfds:animals@train"),
         ("tfds:animls@train", {}, r"no such dataset in .*, which has animals/1\.0\.0, pairs/1"),
+        ("tfds:gone/animals/1.0.0@train", {}, r"no dataset in the folder gone/animals/1\.0\.0 "),
         ("tfds:animals@valid", {"answer": "a"}, r"Unknown split 'valid'.*'train', 'test'"),
         ("tfds:animals@train", {}, r"no 'conversations'.*among its fields.*question= and answer="),
         ("tfds:animals@train", {"answer": "{lable}"}, r"'{lable}' asks for .*fields are .*label"),
