@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -81,10 +82,10 @@ def check_all(experiment: Experiment, json_path: Path | None = None) -> int:
         text = json.dumps({title: report.as_json() for title, report in reports.items()}, indent=1)
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(text + "\n")
-        console.print(f"written to {json_path}")
+        console.print(f"written to {json_path}", markup=False)
     failures = [line for report in reports.values() for line in report.failures]
     for line in failures:
-        console.print(f"[red]fails[/red]: {line}", markup=True)
+        console.print(f"[red]fails[/red]: {escape(line)}")
     if not failures:
         console.print("the data will do")
     return int(bool(failures))
@@ -175,4 +176,4 @@ def build_tfds(source: str, output: str, frames: bool) -> None:
     from data_pipeline import tfds_video_conversations  # TFDS takes most of a second to import
 
     folder = tfds_video_conversations.build(source, output, frames=frames)
-    console.print(f"built {folder}; sources name it tfds:{folder}@SPLIT")
+    console.print(f"built {folder}; sources name it tfds:{folder}@SPLIT", markup=False)

@@ -160,6 +160,9 @@ def test_conversations_become_a_tfds_dataset_that_a_config_names(root, capsys):
     assert call(root, "check", "--config.data.weight_by=tokens", *changed) == 1
     out = capsys.readouterr().out
     assert "fails: source 'videos': weight_by='tokens' needs what was measured, but" in out
+    gone = "--config.data.sources.videos.path=tfds:gone/x/1@train"
+    assert call(root, "check", gone, changed[1]) == 1
+    assert "write tfds:NAME[/CONFIG][:VERSION]@SPLIT" in capsys.readouterr().out
     picture = root / "s.png"
     assert call(root, "show", "--output", str(picture), *changed) == 0
     with Image.open(picture) as sheet:
