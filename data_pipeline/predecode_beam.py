@@ -35,11 +35,9 @@ def run_beam(plan: Plan, config: PredecodeConfig, runner: str, options: Sequence
         ) from error
     options = list(options)
     if runner == "direct":
-        from apache_beam.runners.portability.fn_api_runner import (  # pyright: ignore
-            FnApiRunner,
-        )
+        from apache_beam.runners.portability.fn_api_runner import fn_runner  # pyright: ignore
 
-        engine = FnApiRunner()
+        engine = fn_runner.FnApiRunner()
         processes = config.workers or os.cpu_count() or 1
         if not any(option.startswith("--direct_running_mode") for option in options):
             options += ["--direct_running_mode=multi_processing"]
