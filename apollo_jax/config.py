@@ -271,7 +271,8 @@ def _read_tuple(args: tuple, value: Any, path: str) -> tuple:
     types_ = args[:1] * len(items) if args[1:] == (...,) else args
     if len(types_) != len(items):
         raise ValueError(f"{path} has {len(items)} values, takes {len(types_)}: {value!r}")
-    return tuple(_read(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(zip(types_, items)))  # noqa: B905
+    pairs = zip(types_, items, strict=True)
+    return tuple(_read(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(pairs))
 
 
 def _read_scalar(hint: type, value: Any, path: str) -> Any:

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -28,6 +27,7 @@ from data_pipeline.video import (
     decoded_frames,
     open_video,
     read_image,
+    readable_packets,
 )
 
 _TOLERATED_LOSS = 0.2  # share of damaged frames that is dropped rather than rejected
@@ -244,14 +244,7 @@ def _check_header(
     # A header's word is not enough: the packets know.
     first = None
     with path.open("rb") as file, open_video(path, file=file) as (again, video):
-        packets = again.demux(video)
-        while True:
-            try:
-                packet = next(packets, None)
-            except FFmpegError:
-                return
-            if packet is None:
-                return
+        for packet in readable_packets(again, video):
             pulse()
             if packet.pts is not None and packet.size:
                 first = packet.pts if first is None else min(first, packet.pts)

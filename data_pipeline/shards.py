@@ -31,7 +31,8 @@ def listing(index: MediaIndex, patterns: Sequence[str] = ()) -> Iterator[dict[st
 def _ls(args: argparse.Namespace) -> None:
     shards = FrameShards(args.path)
     count = 0
-    for count, row in enumerate(listing(shards.index, args.patterns), 1):  # noqa: B007
+    for row in listing(shards.index, args.patterns):
+        count += 1
         if args.json:
             print(json.dumps(row, ensure_ascii=False))
         else:

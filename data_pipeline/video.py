@@ -18,6 +18,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
@@ -110,11 +111,8 @@ def open_video(
         yield container, streams[0]
 
 
-def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
-    """Frames in display order, None for every packet that cannot be decoded.
-
-    A file that was cut off ends early instead of failing.
-    """
+def readable_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    """The stream's packets, to its end or to where the file was cut off."""
     packets = container.demux(stream)
     while True:
         try:
@@ -123,6 +121,15 @@ def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[V
             return
         if packet is None:
             return
+        yield packet
+
+
+def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame | None]:
+    """Frames in display order, None for every packet that cannot be decoded.
+
+    A file that was cut off ends early instead of failing.
+    """
+    for packet in readable_packets(container, stream):
         try:
             yield from packet.decode()
         except FFmpegError:
@@ -149,15 +156,12 @@ def _timeline(path: str | Path) -> _Timeline:
 def _scan(path: str, _modified: int, _size: int) -> _Timeline:
     pts, keyframes = [], []
     with open_video(path) as (container, stream):
-        try:
-            for packet in container.demux(stream):
-                if packet.size == 0 or packet.is_discard:
-                    continue
-                pts.append(packet.pts)
-                if packet.is_keyframe:
-                    keyframes.append(packet.pts)
-        except FFmpegError:
-            pass  # the end of a file that was cut off
+        for packet in readable_packets(container, stream):
+            if packet.size == 0 or packet.is_discard:
+                continue
+            pts.append(packet.pts)
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
         if not pts:
             raise VideoError(path, "no_frames", "the video stream holds no frames")
         if None in pts or len(set(pts)) < len(pts) or not keyframes or not stream.time_base:

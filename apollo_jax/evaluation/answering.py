@@ -139,7 +139,8 @@ class Answerer:
                 max_new_tokens=self.max_new_tokens,
             )
             texts += [self.processor.tokenizer.decode(ids).strip() for ids in np.asarray(tokens)]
-        return [Reply(parse_choice(t, q.options), t) for q, t in zip(questions, texts)]  # noqa: B905
+        answered = zip(questions, texts, strict=False)  # the last batch was filled up
+        return [Reply(parse_choice(text, q.options), text) for q, text in answered]
 
     def _letter(self, questions: list[Question], rows: list[Row]) -> list[Reply]:
         letters = [self.processor.tokenizer.encode(letter)[0] for letter in LETTERS]

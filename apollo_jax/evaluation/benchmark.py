@@ -113,7 +113,8 @@ def _options(record: dict, where: str) -> tuple[str, ...]:
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise ValueError(f"{where}: needs a list of 2 to {len(LETTERS)} options, has {options!r}")
     options = [str(option) for option in options]
-    lettered = [re.fullmatch(rf"\(?{c}[.:)]\s*(.+)", o) for c, o in zip(LETTERS, options)]  # noqa: B905
+    named = zip(LETTERS, options, strict=False)  # there are more letters
+    lettered = [re.fullmatch(rf"\(?{letter}[.:)]\s*(.+)", option) for letter, option in named]
     return tuple(match[1] for match in lettered if match) if all(lettered) else tuple(options)
 
 

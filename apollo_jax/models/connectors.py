@@ -51,7 +51,7 @@ class Config:
                 f"known: {', '.join(RESAMPLERS)}"
             )
         if self.resampler_type == "avg":
-            self.pooled_side  # noqa: B018  raises if the token count has no square grid
+            _ = self.pooled_side  # raises if the token count has no square grid
 
     @property
     def pooled_side(self) -> int:
