@@ -4,26 +4,32 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from data_pipeline.batch import Batch
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axes. Models name their axes; only this table knows the mesh.
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of a Batch
-    "clips": ("data", "fsdp", "tensor"),  # vision runs on every chip, however the decoder is cut
-    "length": None,
+    "clips": MESH_AXES,  # vision runs on every chip, however the decoder is cut
+    "row_clips": ("context", "tensor"),  # the clip slots of a row
+    "length": "context",  # the positions of a row
+    "lookup": ("context", "tensor"),  # channels of the visual tokens while they are looked up
     "layers": None,
     "embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "all_heads": ("tensor", "context"),  # heads while each device sees whole rows (Ulysses)
     "vocab": "tensor",
     "latents": None,
     "patch": None,
@@ -34,17 +40,23 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be -1 and takes what is left."""
+    """Devices per mesh axis; one axis may be -1 and takes what is left.
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    Slices that only the data-centre network joins lie along `data`.
+    """
+
+    data: int = -1  # rows
+    fsdp: int = 1  # rows, and the parameters
+    context: int = 1  # positions of a row
+    tensor: int = 1  # heads, hidden units, vocabulary
+    # How attention crosses `context`: keys and values go round, or heads for positions.
+    attention: Literal["ring", "ulysses"] = "ring"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over `devices` (default: all). ValueError if they do not fit."""
+    """A mesh of MESH_AXES over `devices` (default: all). ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
-    shape = [config.data, config.fsdp, config.tensor]
+    shape = [getattr(config, axis) for axis in MESH_AXES]
     if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
         raise ValueError(f"mesh {config}: axes must be positive, at most one -1")
     known = math.prod(n for n in shape if n != -1)
@@ -52,10 +64,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         shape[shape.index(-1)] = max(1, len(devices) // known)
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh data x fsdp x tensor = {' x '.join(map(str, shape))} does not use exactly the "
-            f"{len(devices)} devices present; set mesh.data=-1 or make the product {len(devices)}"
+            f"mesh {' x '.join(MESH_AXES)} = {' x '.join(map(str, shape))} does not use exactly "
+            f"the {len(devices)} devices present; set mesh.data=-1 or make the product "
+            f"{len(devices)}"
         )
-    return jax.make_mesh(tuple(shape), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arrange(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in mesh order: neighbours along an axis are neighbours in the machine."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise ValueError(
+                f"mesh.data={shape[0]} does not divide over {slices} slices, which lie along it; "
+                f"set mesh.data to a multiple of {slices}"
+            )
+        within = [shape[0] // slices, *shape[1:]]
+        across = [slices, *[1] * (len(shape) - 1)]
+        return mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, allow_split_physical_axes=True
+        )
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis that is no product of the machine's
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def spec(*names: str | None) -> P:
@@ -98,24 +131,29 @@ def _ways(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) ->
     return math.prod(mesh.shape[a] for a in axes)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of every field of a Batch: rows over data and fsdp."""
-    return NamedSharding(mesh, spec("batch"))
+def batch_shardings(shapes: Sequence[tuple[int, ...]], mesh: Mesh) -> list[NamedSharding]:
+    """How each field of a Batch of these shapes is laid out: rows over data and fsdp.
+
+    What is large is also cut over the other axes, by clip slots.
+    """
+    large = ("frames", "frame_geometry")
+
+    def one(field: str, shape: tuple[int, ...]) -> NamedSharding:
+        partition = spec("batch", "row_clips") if field in large else spec("batch")
+        return NamedSharding(mesh, _dividing(shape[: len(partition)], partition, mesh))
+
+    return [one(field, shape) for field, shape in zip(Batch._fields, shapes, strict=True)]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pin the layout of `x` by logical axis names; a no-op outside `jax.set_mesh`.
 
-    An axis that the mesh does not divide is left to the compiler.
+    An axis is cut by as many of its mesh axes as divide it, the first ones first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    parts = [
-        p if size % _ways(p, mesh) == 0 else None
-        for size, p in zip(x.shape, spec(*names), strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, P(*parts))
+    return jax.lax.with_sharding_constraint(x, _dividing(x.shape, spec(*names), mesh))
 
 
 def platform() -> str:
@@ -154,7 +192,7 @@ def divides(size: int, name: str | None) -> bool:
     return name is None or size % ways(name) == 0
 
 
-def _dividing(shape: tuple[int, ...], partition: P, mesh: AbstractMesh) -> P:
+def _dividing(shape: tuple[int, ...], partition: P, mesh: Mesh | AbstractMesh) -> P:
     """`partition` with as many mesh axes on each axis as divide its size."""
     parts = []
     for size, mesh_axes in zip(shape, partition, strict=True):

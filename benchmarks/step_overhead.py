@@ -32,9 +32,9 @@ from flax import nnx
 from apollo_jax import sharding
 from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, TrainConfig
 from apollo_jax.models import apollo
+from apollo_jax.training.rows import place
 from apollo_jax.training.state import create, random_weights
 from apollo_jax.training.step import build
-from apollo_jax.training.train import place
 from data_pipeline.batch import empty_batch
 from data_pipeline.loader import DataConfig, SourceConfig
 

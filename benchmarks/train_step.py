@@ -36,9 +36,9 @@ import apollo_jax
 from apollo_jax import config, cpu, sharding
 from apollo_jax.demo import CONFIG
 from apollo_jax.models import apollo, pixels
+from apollo_jax.training.rows import place
 from apollo_jax.training.state import create
 from apollo_jax.training.step import build
-from apollo_jax.training.train import place
 from apollo_jax.training.weights import initial_weights
 from data_pipeline import packing
 from data_pipeline.batch import Batch, empty_batch

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from apollo_jax import sharding
+
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 
 M = TypeVar("M", bound=nnx.Module)
@@ -68,13 +70,16 @@ def linear(
 
 
 def dot_of_matrices(x: Array, kernel: Array, dimensions: Any, **kw: Any) -> Array:
-    """[..., din] x [din, dout] with one leading axis.
+    """[..., din] x [din, dout]; on CPU with one leading axis.
 
     With more of them, XLA's CPU backend transposes a copy of x for the gradient of the kernel,
-    which takes as long as the gradient itself.
+    which takes as long as the gradient itself. Rows and positions that are both cut over a mesh do
+    not merge without an exchange.
     """
     del dimensions  # a linear's are always these
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kw)
+    merge = sharding.platform() == "cpu" and sharding.ways("length") == 1
+    flat = x.reshape(-1, x.shape[-1]) if merge else x
+    y = jax.lax.dot_general(flat, kernel, (((flat.ndim - 1,), (0,)), ((), ())), **kw)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 

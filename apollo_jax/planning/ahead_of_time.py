@@ -59,12 +59,13 @@ def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
     data = experiment.data
     frames = data.frames_per_clip, data.frame_size, data.layout
     row = empty_batch(1, data.length, data.clips, *frames)
-    place = sharding.batch_sharding(mesh)
-
-    def shape(x: np.ndarray) -> Any:
-        return jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype, sharding=place)
-
-    return Batch(*(shape(x) for x in row))
+    plain = Batch(*(jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype) for x in row))
+    return Batch(
+        *(
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+            for x, place in zip(plain, sharding.batch_shardings(plain, mesh), strict=True)
+        )
+    )
 
 
 def compile_step(experiment: Experiment, topology: Topology) -> Compiled:

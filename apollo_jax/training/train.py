@@ -25,10 +25,10 @@ from apollo_jax.config import Experiment, load, parse_overrides
 from apollo_jax.training import agreement, checks, losses, stages
 from apollo_jax.training.agreement import Feed
 from apollo_jax.training.metrics import MetricLog
+from apollo_jax.training.rows import place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Program, build
 from apollo_jax.training.weights import initial_weights
-from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig, Loader
 
 console = Console()
@@ -78,7 +78,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     begun = checks.continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.divides(experiment.data, mesh)
-    loader = _open_loader(experiment.data, experiment.train.num_steps)
+    loader = _open_loader(experiment.data, experiment.train.num_steps, mesh)
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
@@ -163,7 +163,7 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     evaluation = run.experiment.evaluation
     data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
     total = None
-    with contextlib.closing(_open_loader(data, evaluation.batches)) as loader:
+    with contextlib.closing(_open_loader(data, evaluation.batches, run.mesh)) as loader:
         feed, counts, latest = Feed(loader), np.zeros(2, np.int32), ""
         for _ in range(evaluation.batches):
             rows, stats = next(feed)
@@ -179,20 +179,16 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     return {"eval/loss": float(loss), "eval/accuracy": float(accuracy)}
 
 
-def place(rows: Batch, mesh: Mesh) -> Batch:
-    """This process's rows as part of the global batch on the mesh."""
-    where = sharding.batch_sharding(mesh)
-    return Batch(*(jax.make_array_from_process_local_data(where, x) for x in rows))
-
-
-def _open_loader(data: DataConfig, num_steps: int) -> Loader:
+def _open_loader(data: DataConfig, num_steps: int, mesh: Mesh) -> Loader:
     """This process's loader; ValueError in all processes if one of them cannot open its data."""
-    index, count = jax.process_index(), jax.process_count()
+    mine = share(mesh)
     loader, error = None, ""
     try:
-        loader = Loader(data, num_steps=num_steps, process_index=index, process_count=count)
+        loader = Loader(
+            data, num_steps=num_steps, process_index=mine.index, process_count=mine.count
+        )
     except (ValueError, OSError) as failure:
-        if count == 1:
+        if jax.process_count() == 1:
             raise
         error = str(failure) or repr(failure)
     agreement.stop_if_any(error)

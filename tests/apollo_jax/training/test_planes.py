@@ -16,7 +16,7 @@ from apollo_jax.models import apollo, pixels, siglip
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import losses, step
-from apollo_jax.training.train import place
+from apollo_jax.training.rows import place
 from data_pipeline import canvas
 from data_pipeline.batch import Batch, empty_batch
 from data_pipeline.frame_shard_writer import FrameShardWriter

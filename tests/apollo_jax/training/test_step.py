@@ -8,7 +8,7 @@ import pytest
 from apollo_jax import sharding
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import losses, state, step
-from apollo_jax.training.train import place
+from apollo_jax.training.rows import place
 from data_pipeline.batch import Batch, empty_batch
 
 B, L, C, Q = 8, 32, 1, 8
