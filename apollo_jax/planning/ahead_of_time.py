@@ -59,13 +59,12 @@ def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
     data = experiment.data
     frames = data.frames_per_clip, data.frame_size, data.layout
     row = empty_batch(1, data.length, data.clips, *frames)
-    plain = Batch(*(jax.ShapeDtypeStruct((data.batch_size, *x.shape[1:]), x.dtype) for x in row))
-    return Batch(
-        *(
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-            for x, place in zip(plain, sharding.batch_shardings(plain, mesh), strict=True)
-        )
-    )
+    shapes = [(data.batch_size, *x.shape[1:]) for x in row]
+
+    def shape(x: np.ndarray, shape: tuple[int, ...], place: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=place)
+
+    return Batch(*map(shape, row, shapes, sharding.batch_shardings(shapes, mesh)))
 
 
 def compile_step(experiment: Experiment, topology: Topology) -> Compiled:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from apollo_jax import sharding
 from data_pipeline.batch import Batch
@@ -36,8 +36,8 @@ def share(mesh: Mesh, process: int | None = None) -> Share:
     parts = sorted(set(held.values()))
     if sum(map(len, parts)) != ways or len({len(p) for p in parts}) > 1:
         raise ValueError(
-            f"mesh {dict(mesh.shape)}: its processes share some rows of a batch but not all; choose "
-            "mesh.context x mesh.tensor so that it divides a process's devices, or is a multiple"
+            f"mesh {dict(mesh.shape)}: its processes share some rows of a batch but not all; "
+            "choose mesh.context x mesh.tensor so that it divides a process's devices, or is a multiple"
         )
     mine = held[process]
     first = process == min(p for p, shards in held.items() if shards == mine)
@@ -48,16 +48,13 @@ def place(rows: Batch, mesh: Mesh) -> Batch:
     """This process's rows as part of the global batch on the mesh."""
     mine = share(mesh)
     size = len(rows.tokens) // len(mine.shards)  # rows of a shard
-    shapes = Batch(
-        *(jax.ShapeDtypeStruct((len(x) * mine.count, *x.shape[1:]), x.dtype) for x in rows)
-    )
-    places = sharding.batch_shardings(shapes, mesh)
+    shapes = [(len(x) * mine.count, *x.shape[1:]) for x in rows]
 
-    def one(x: np.ndarray, shape: jax.ShapeDtypeStruct, where: jax.sharding.NamedSharding):
+    def one(x: np.ndarray, shape: tuple[int, ...], where: NamedSharding) -> jax.Array:
         def part(index: tuple[slice, ...]) -> np.ndarray:
             start = mine.shards.index((index[0].start or 0) // size) * size
             return x[start : start + size][:, *index[1:]]
 
-        return jax.make_array_from_callback(shape.shape, where, part)
+        return jax.make_array_from_callback(shape, where, part)
 
-    return Batch(*map(one, rows, shapes, places))
+    return Batch(*map(one, rows, shapes, sharding.batch_shardings(shapes, mesh)))
