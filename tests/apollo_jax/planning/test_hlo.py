@@ -11,9 +11,26 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
 from apollo_jax.planning import hlo
+from apollo_jax.planning.hlo_module import Module
+from apollo_jax.planning.hlo_work import work
+from apollo_jax.planning.rates import Rates
 
+FIXTURES = Path(__file__).parents[2] / "fixtures/hlo"
 # A loop of a TPU program: unrolled by two, its products written as convolutions inside fusions.
-TPU_LOOP = (Path(__file__).parents[2] / "fixtures/hlo/tpu_loop.txt").read_text()
+TPU_LOOP = (FIXTURES / "tpu_loop.txt").read_text()
+# How TPU programs write exchanges: in parts, wrapped, as something else, through the hosts.
+TPU_EXCHANGES = (FIXTURES / "tpu_exchanges.txt").read_text()
+SLICES = {"data": 2, "fsdp": 4}
+MIB = 2**20
+
+
+def rates(ici=1e9, dcn=1e9):
+    """A device whose product of two [1024, 1024] takes a second, at any speed of its memory."""
+    return Rates(flops=2 * 1024**3, hbm=1e30, ici=ici, dcn=dcn)
+
+
+def collectives(text, mesh, **kw):
+    return {(c.kind, c.network): c for c in hlo.totals(text, mesh, rates(**kw)).collectives}
 
 
 def test_a_tpu_loop():
@@ -23,8 +40,78 @@ def test_a_tpu_loop():
     kinds = {c.kind: c for c in total.collectives}
     permute, gather = kinds["collective-permute"], kinds["all-gather"]
     assert (permute.axes, permute.count, permute.bytes) == (("fsdp",), 4, 4 * 2 * 32 * 8 * 2)
-    assert permute.asynchronous == permute.bytes
+    assert permute.asynchronous == 0  # nothing runs between its start and its end
     assert (gather.bytes, gather.asynchronous) == (64 * 32 * 2 * 3 / 4, 0)
+    assert total.seconds == pytest.approx(
+        total.work_seconds + permute.waited_seconds + gather.waited_seconds
+    )
+
+
+def test_an_exchange_hides_behind_what_runs_beside_it_and_no_longer():
+    lines = TPU_LOOP.splitlines()
+    two = next(n for n, line in enumerate(lines) if line.startswith("  %two"))
+    lines[two], lines[two + 1] = lines[two + 1], lines[two]
+    flops = 2 * 16 * 32 * 16
+    sent = 2 * 32 * 8 * 2
+    for share in (1.0, 0.5):  # of the exchange, while the second product runs
+        speed = Rates(flops=flops, hbm=1e30, ici=sent * share, dcn=1.0)
+        (permute, _) = sorted(
+            hlo.totals("\n".join(lines), {"fsdp": 4}, speed).collectives, key=lambda c: -c.bytes
+        )
+        assert permute.kind == "collective-permute"
+        assert permute.asynchronous == pytest.approx(share * permute.bytes)
+        assert permute.waited_seconds == pytest.approx((1 - share) * permute.seconds)
+
+
+def test_an_exchange_in_parts_is_one():
+    half = 2 * MIB * 3 / 4 / 2
+    found = collectives(TPU_EXCHANGES, SLICES, ici=half)["all-gather", "ici"]
+    assert (found.count, found.axes, found.bytes) == (1, ("fsdp",), 2 * half)
+    assert found.asynchronous == half  # it takes two seconds, the product one of them
+    assert (found.seconds, found.waited_seconds) == (2, 1)
+
+
+def test_a_reduce_scatter_written_as_all_reduce_and_slice():
+    found = collectives(TPU_EXCHANGES, SLICES)["reduce-scatter", "ici"]
+    assert (found.count, found.bytes, found.asynchronous) == (1, 4 * MIB * 3 / 4, 0)
+
+
+def test_a_gather_written_as_all_reduce_costs_one():
+    found = collectives(TPU_EXCHANGES, SLICES)["all-gather by all-reduce", "ici"]
+    assert found.bytes == 2 * 1024 * 64 * 2 * 3 / 4
+
+
+def test_a_wrapped_exchange():
+    found = collectives(TPU_EXCHANGES, SLICES)["all-to-all", "ici"]
+    assert (found.count, found.bytes) == (1, 4 * 256 * 64 * 2 * 3 / 4)
+
+
+def test_between_slices():
+    found = collectives(TPU_EXCHANGES, SLICES, dcn=MIB)["all-reduce", "dcn"]
+    assert (found.axes, found.bytes, found.asynchronous) == (("data",), MIB, 0)
+    assert found.seconds == found.waited_seconds == 1
+    four = collectives(TPU_EXCHANGES, {"data": 4, "fsdp": 4})["all-reduce", "dcn"]
+    assert four.bytes == 2 * MIB * 3 / 4
+
+
+def test_traffic_counts_the_layer_that_is_used():
+    module = Module(TPU_EXCHANGES)
+    main = module.computations["main"]
+    part = 16 * 64 * 2
+    index = 4
+    assert work(module, main, main["own"]).bytes == 2 * part + index  # from a stack, in place
+    assert work(module, main, main["middle"]).bytes == 3 * 2 * MIB + MIB / 2
+    body = Module(TPU_LOOP).computations["body"]
+    into_vector_memory = work(Module(TPU_LOOP), body, body["s"]).bytes
+    assert into_vector_memory == 2 * 32 * 8 * 2  # its other end is not in main memory
+
+
+def test_operations_know_where_they_were_written():
+    module = Module(TPU_EXCHANGES)
+    own = module.computations["main"]["own"]
+    assert own.op_name == "jit(update)/jvp()/frozen['w']"
+    assert module.source(own) == "qwen2.py:7 Qwen2.__call__"
+    assert module.source(module.computations["main"]["start"]) == ""
 
 
 def test_attention_kernels_are_counted():
@@ -35,6 +122,16 @@ def test_attention_kernels_are_counted():
     assert hlo.totals(causal, {"fsdp": 4}).kernel_flops == whole * 3 / 4  # 3 of 2 x 2 blocks
     backward = text.replace("splash_mha_fwd", "splash_mha_dkv")
     assert hlo.totals(backward, {"fsdp": 4}).kernel_flops == 2 * whole
+    config = '\\"use_fused_bwd_kernel\\": true, '
+    fused = backward.replace("operand_layout", f"metadata={{{config}}}, operand_layout")
+    assert hlo.totals(fused, {"fsdp": 4}).kernel_flops == 2.5 * whole
+
+
+def test_other_kernels_count_what_their_authors_say():
+    said = 'target="tpu_custom_call", backend_config={"cost_estimate":{"bytes_accessed":"7",'
+    text = TPU_LOOP.replace('target="tpu_custom_call"', said + '"flops":"1234"}}')
+    total = hlo.totals(text, {"fsdp": 4})
+    assert (total.kernel_flops, total.unknown_kernels) == (1234, set())
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
