@@ -160,7 +160,8 @@ class Apollo(nnx.Module):
             name: pixels.prepare(frames, geometry, tower.frame_spec)
             for name, tower in self.config.towers.items()
         }
-        return self.connector(self.vision_tower(prepared, remat=remat))
+        visual = self.connector(self.vision_tower(prepared, remat=remat))
+        return constrain(visual, "clips", None, None)
 
     def splice(
         self,
@@ -172,8 +173,12 @@ class Apollo(nnx.Module):
         x = self.llm.embed(jnp.maximum(tokens, 0))
         if visual_tokens is None or visual_index is None:
             return x
+        # Each device looks up its channels of all visual tokens of its rows: one exchange brings
+        # the clips there, another one the positions back.
+        visual_tokens = constrain(visual_tokens.astype(x.dtype), "batch", None, "lookup")
         index = jnp.maximum(visual_index, 0)[..., None]
-        visual = jnp.take_along_axis(visual_tokens.astype(x.dtype), index, axis=1)
+        visual = jnp.take_along_axis(visual_tokens, index, axis=1)
+        visual = constrain(constrain(visual, "batch", None, "lookup"), "batch", "length", None)
         return jnp.where(visual_index[..., None] >= 0, visual, x)
 
     def hidden(
@@ -185,12 +190,16 @@ class Apollo(nnx.Module):
         positions: Int[Array, "B L"] | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
         remat: str = "none",
+        zigzag: bool = False,
     ) -> Float[Array, "B L D"]:
-        """The decoder's last normed states, before the head."""
+        """The decoder's last normed states, before the head.
+
+        `zigzag` says that positions are in the order of ring attention.
+        """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = constrain(self.splice(tokens, visual_tokens, visual_index), "batch", "length", None)
-        x, _ = self.llm(x, positions=positions, segment_ids=segment_ids, remat=remat)
+        x, _ = self.llm(x, positions=positions, segment_ids=segment_ids, remat=remat, zigzag=zigzag)
         return x
 
     def __call__(

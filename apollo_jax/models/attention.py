@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention behind one function: XLA everywhere, the splash kernel (Pallas) on TPU.
+"""Attention behind one function: XLA everywhere, the splash kernel (Pallas) on TPU; and, where
+positions are cut over the mesh, a ring or an exchange of positions for heads.
 
 B batch, L query positions, S key positions, N query heads, K key/value heads, G = N / K query
 heads per key head, H head dim.
@@ -9,17 +10,17 @@ Which one runs follows from the platform of the mesh (`jax.set_mesh`), hence als
 compiled for a TPU topology on a machine that has none.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax import sharding
+from apollo_jax.models.ring_attention import ring_attention
+from apollo_jax.models.splash_attention import splash_attention
 
-LANES = 128  # head dims and lengths are padded to multiples of a TPU's vector lanes
-LARGEST_BLOCK = 1024  # 2048 overflows the vector memory of a v5p
 SMALLEST_FOR_SPLASH = 256  # below so many queries the scores are small and padding costs more
 
 
@@ -27,6 +28,7 @@ class Causal(NamedTuple):
     """Query i sees keys j <= i of its own segment."""
 
     segment_ids: Int[Array, "B L"] | None = None  # None = one segment
+    zigzag: bool = False  # positions are in the order of `ring_attention.zigzag`
 
     def dense(self, length: int) -> Bool[Array, "#B L L"]:
         """True where query i may see key j."""
@@ -55,11 +57,50 @@ def attention(
         nowhere gets a uniform average), or None: everywhere.
       axes: logical axes of B and of the heads, see `sharding.RULES`.
     """
+    if isinstance(mask, Causal) and axes[0] == "batch" and sharding.ways("length") > 1:
+        return _across_context(q, k, v, mask, axes)
+    k, v = _for_each_device(q, k, v, axes[1])
+    return _within_device(q, k, v, mask, axes)
+
+
+def _within_device(q: Array, k: Array, v: Array, mask: Any, axes: tuple[str, str | None]) -> Array:
     dense = isinstance(mask, jax.Array)
     if not dense and sharding.platform() == "tpu" and q.shape[1] >= SMALLEST_FOR_SPLASH:
         segments = mask.segment_ids if isinstance(mask, Causal) else None
         return splash_attention(q, k, v, segments, causal=mask is not None, axes=axes)
     return xla_attention(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Causal) else mask)
+
+
+def _across_context(
+    q: Array, k: Array, v: Array, mask: Causal, axes: tuple[str, str | None]
+) -> Array:
+    """Causal attention over positions that are cut over the mesh axis `context`."""
+    if mask.zigzag:
+        segments = mask.segment_ids
+        segments = jnp.zeros(q.shape[:2], jnp.int32) if segments is None else segments
+        k, v = _for_each_device(q, k, v, axes[1])
+        return ring_attention(q, k, v, segments, axes=axes)
+    # Ulysses (arXiv 2309.14509): all positions of a part of the heads, then back.
+    ways, heads = sharding.ways("all_heads"), q.shape[2]
+    if heads % ways:
+        divide = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(
+            f"mesh.attention=ulysses cuts {heads} query heads over {ways} devices (mesh.context x "
+            f"mesh.tensor), which must be one of {divide}; or set mesh.attention=ring"
+        )
+    k, v = _for_each_device(q, k, v, "all_heads")
+    q, k, v = (sharding.constrain(x, "batch", None, "all_heads", None) for x in (q, k, v))
+    out = _within_device(q, k, v, mask, (axes[0], "all_heads"))
+    return sharding.constrain(out, "batch", "length", axes[1], None)
+
+
+def _for_each_device(q: Array, k: Array, v: Array, heads: str | None) -> tuple[Array, Array]:
+    """Keys and values repeated as often as it takes for devices to have those of their queries."""
+    ways, kv_heads = 1 if heads is None else sharding.ways(heads), k.shape[2]
+    times = ways // math.gcd(ways, kv_heads)
+    if times == 1 or q.shape[2] % (kv_heads * times):
+        return k, v
+    return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
 
 
 def xla_attention(
@@ -79,79 +120,3 @@ def xla_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgls,bskh->blkgh", weights, v)
     return out.reshape(b, length, n, h)
-
-
-def splash_attention(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    segment_ids: Int[Array, "B L"] | None,
-    *,
-    causal: bool,
-    axes: tuple[str, str | None],
-    interpret: bool = False,
-) -> Float[Array, "B L N H"]:
-    """Attention by the Pallas kernel, each device its own part of the batch and of the heads.
-
-    Lengths are padded to blocks, with a segment of their own; head dims to multiples of 128.
-    """
-    length, keys, head_dim = q.shape[1], k.shape[1], q.shape[3]
-    assert length == keys or not causal, "a causal mask needs as many keys as queries"
-    if not sharding.divides(k.shape[2], axes[1]):  # every device gets the keys of its own heads
-        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    queries = segment_ids if segment_ids is not None else jnp.zeros((q.shape[0], length), jnp.int32)
-    seen = queries if length == keys else jnp.zeros((q.shape[0], keys), jnp.int32)
-    local = _local(causal, length, keys, interpret)
-    operands = [_heads_first(x) for x in (q * head_dim**-0.5, k, v)]
-    operands += [_padded(s, axis=1, value=-1) for s in (queries, seen)]
-    out = sharding.per_device(
-        local, operands, [(axes[0], axes[1], None, None)] * 3 + [(axes[0], None)] * 2
-    )
-    return jnp.swapaxes(out, 1, 2)[:, :length, :, :head_dim]
-
-
-def _local(causal: bool, length: int, keys: int, interpret: bool) -> Any:
-    """The kernel over one device's (q, k, v [B, N, L, H], segment ids of queries and of keys)."""
-    padded = [_round_up(n, LANES) for n in (length, keys)]
-    block_q, block_kv = (_block(n) for n in padded)
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_q_dq=block_q,
-        block_kv_dq=block_kv,
-    )
-
-    def local(q: Array, k: Array, v: Array, queries: Array, seen: Array) -> Any:
-        shape = (padded[0], padded[1])
-        pattern = splash.CausalMask(shape) if causal else splash.FullMask(shape)
-        run = splash.make_splash_mha(
-            splash.MultiHeadMask([pattern] * q.shape[1]),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        return jax.vmap(run)(q, k, v, splash.SegmentIds(queries, seen))
-
-    return local
-
-
-def _heads_first(x: Float[Array, "B L N H"]) -> Float[Array, "B N L H"]:
-    return _padded(_padded(jnp.swapaxes(x, 1, 2), axis=2), axis=3)
-
-
-def _padded(x: Array, axis: int, value: int = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, _round_up(x.shape[axis], LANES) - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
-def _block(length: int) -> int:
-    """The largest multiple of 128 up to LARGEST_BLOCK that divides `length`."""
-    return next(n for n in range(LARGEST_BLOCK, 0, -LANES) if length % n == 0)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple

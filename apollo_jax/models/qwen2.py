@@ -238,13 +238,16 @@ class Qwen2(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         cache: KVCache | None = None,
         remat: str = "none",
+        zigzag: bool = False,
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
         """Causal decoding within segments; with a cache, the new tokens follow the cached ones.
+
+        `zigzag` says that positions are in the order of ring attention.
 
         Returns the hidden states and the new keys and values [Y, B, L, K, H] (see `append`).
         """
         rope = rope_tables(positions, self.head_dim, self.rope_theta, self.dtype)
-        mask, past = Causal(segment_ids), ()
+        mask, past = Causal(segment_ids, zigzag), ()
         if cache is not None:
             slots = jnp.arange(cache.k.shape[2])
             seen = slots[None, None] < cache.length[:, None, None]

@@ -5,7 +5,7 @@ Processes whose devices differ only along `context` or `tensor` hold parts of th
 they read the same ones.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,7 +37,8 @@ def share(mesh: Mesh, process: int | None = None) -> Share:
     if sum(map(len, parts)) != ways or len({len(p) for p in parts}) > 1:
         raise ValueError(
             f"mesh {dict(mesh.shape)}: its processes share some rows of a batch but not all; "
-            "choose mesh.context x mesh.tensor so that it divides a process's devices, or is a multiple"
+            "choose mesh.context x mesh.tensor so that it divides a process's devices, or is a "
+            "multiple of them"
         )
     mine = held[process]
     first = process == min(p for p, shards in held.items() if shards == mine)
@@ -50,8 +51,8 @@ def place(rows: Batch, mesh: Mesh) -> Batch:
     size = len(rows.tokens) // len(mine.shards)  # rows of a shard
     shapes = [(len(x) * mine.count, *x.shape[1:]) for x in rows]
 
-    def one(x: np.ndarray, shape: tuple[int, ...], where: NamedSharding) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+    def one(x: np.ndarray, shape: tuple[int, ...], where: NamedSharding) -> Any:
+        def part(index: Any) -> np.ndarray:
             start = mine.shards.index((index[0].start or 0) // size) * size
             return x[start : start + size][:, *index[1:]]
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from apollo_jax import sharding
 from apollo_jax.config import Experiment, TrainConfig
+from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.training import losses, stages
 from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
@@ -33,11 +34,22 @@ Metrics = dict[str, jax.Array]
 # The old state's memory is reused: drop it.
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
+LossSums = Callable[[Apollo, Batch], losses.Sums]
+BY_POSITION = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index")
 
 
-def batch_sums(model: Apollo, batch: Batch, train: TrainConfig) -> losses.Sums:
-    """Loss sums of a batch: encode the clips, splice them in, decode."""
+def batch_sums(
+    model: Apollo, batch: Batch, train: TrainConfig, attention: str = "ring"
+) -> losses.Sums:
+    """Loss sums of a batch: encode the clips, splice them in, decode.
+
+    `attention` is that of the mesh config.
+    """
     x = jax.tree.map(jnp.asarray, batch)
+    zigzag = attention == "ring" and sharding.ways("length") > 1
+    if zigzag:  # losses are sums over positions, in any order
+        x = x._replace(**{f: ring_attention.zigzag(getattr(x, f)) for f in BY_POSITION})
+    x = x._replace(**{f: sharding.constrain(getattr(x, f), "batch", "length") for f in BY_POSITION})
     rows, clips = batch.clip_mask.shape
     visual = None
     if clips:
@@ -51,6 +63,7 @@ def batch_sums(model: Apollo, batch: Batch, train: TrainConfig) -> losses.Sums:
         positions=x.positions,
         segment_ids=x.segment_ids,
         remat=train.remat,
+        zigzag=zigzag,
     )
     chunk = _positions_per_row(train.loss_chunk, rows, x.tokens.shape[1])
     return losses.cross_entropy(hidden, model.llm.unembed, x.targets, x.loss_weights, chunk)
@@ -80,7 +93,8 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     schedules = make_schedules(experiment.optimizer, train.num_steps)
     tx = make_optimizer(experiment.optimizer, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh)
-    update = make_update(graphdef, tx, schedules, train, abstract)
+    sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
+    update = make_update(graphdef, tx, schedules, sums, abstract)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         (count, params, opt_state), metrics = update(_moving(state), state.frozen, batch)
@@ -89,14 +103,14 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     def lower(batch: Batch) -> jax.stages.Lowered:
         return update.lower(_moving(abstract), abstract.frozen, batch)
 
-    return Program(abstract, tx, train_step, make_eval_step(graphdef, train), lower)
+    return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
 
 
 def make_update(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     schedules: Mapping[str, Schedule],
-    train: TrainConfig,
+    loss_sums: LossSums,
     abstract: TrainState,
 ) -> Any:
     """Jitted (what moves, frozen, batch) -> (what moves, metrics); what moved is overwritten.
@@ -110,7 +124,7 @@ def make_update(
         count, params, opt_state = moving
 
         def loss_fn(params: Arrays):
-            sums = batch_sums(merge(graphdef, params, frozen), batch, train)
+            sums = loss_sums(merge(graphdef, params, frozen), batch)
             loss, accuracy = losses.mean(sums)
             return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
 
@@ -129,12 +143,12 @@ def _moving(state: TrainState) -> tuple:
     return state.step, state.params, state.opt_state
 
 
-def make_eval_step(graphdef: nnx.GraphDef, train: TrainConfig) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, loss_sums: LossSums) -> EvalStep:
     """(state, batch) -> loss sums."""
 
     @jax.jit
     def sums(params: Arrays, frozen: Arrays, batch: Batch) -> losses.Sums:
-        return batch_sums(merge(graphdef, params, frozen), batch, train)
+        return loss_sums(merge(graphdef, params, frozen), batch)
 
     return lambda state, batch: sums(state.params, state.frozen, batch)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from apollo_jax import sharding
-from apollo_jax.models.attention import Causal, attention, splash_attention, xla_attention
+from apollo_jax.models.attention import Causal, attention, xla_attention
+from apollo_jax.models.splash_attention import splash_attention
 
 
 def test_attention_with_grouped_heads_equals_repeated_heads():
