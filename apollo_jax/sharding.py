@@ -23,7 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "clips": MESH_AXES,  # vision runs on every chip, however the decoder is cut
     "row_clips": ("context", "tensor"),  # the clip slots of a row
     "length": "context",  # the positions of a row
-    "lookup": ("context", "tensor"),  # channels of the visual tokens while they are looked up
+    "lookup": "context",  # channels of the visual tokens while they are looked up
     "layers": None,
     "embed": "fsdp",
     "mlp": "tensor",

@@ -173,9 +173,10 @@ class Apollo(nnx.Module):
         x = self.llm.embed(jnp.maximum(tokens, 0))
         if visual_tokens is None or visual_index is None:
             return x
-        # Each device looks up its channels of all visual tokens of its rows: one exchange brings
-        # the clips there, another one the positions back.
-        visual_tokens = constrain(visual_tokens.astype(x.dtype), "batch", None, "lookup")
+        # Devices along `context` look up some channels of all visual tokens of their rows: one
+        # exchange brings the clips there, another one the positions back.
+        visual_tokens = constrain(visual_tokens.astype(x.dtype), "batch", "length", None)
+        visual_tokens = constrain(visual_tokens, "batch", None, "lookup")
         index = jnp.maximum(visual_index, 0)[..., None]
         visual = jnp.take_along_axis(visual_tokens, index, axis=1)
         visual = constrain(constrain(visual, "batch", None, "lookup"), "batch", "length", None)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from apollo_jax.models import layers
 from apollo_jax.models.attention import attention
+from apollo_jax.sharding import constrain
 
 PROJECTORS = ("mlp1x_gelu", "mlp2x_gelu", "perceiver_mlp", "conv2d_KxK")
 RESAMPLERS = ("perciver", "avg")  # the first is the published spelling
@@ -229,7 +230,7 @@ class Connector(nnx.Module):
     def __call__(self, features: Float[Array, "N S V"]) -> Float[Array, "N Q D"]:
         n = features.shape[0]
         x = features.astype(self.dtype).reshape(n, *self.grid, -1)
-        x = self.proj(x)
+        x = constrain(self.proj(x), "clips", None, None, None, None)
         if self.resampler is None:
             return average_pool(x, self.pooled_side)
         return self.resampler(x.reshape(n, -1, x.shape[-1]))

@@ -124,6 +124,7 @@ def fold(
     x: Array,
     *args: Any,
     per_layer: Any = (),
+    axes: tuple[str, ...] = ("clips",),
     remat: str = "none",
     unroll: int = 0,
 ) -> tuple[Array, Any]:
@@ -132,6 +133,8 @@ def fold(
     Args:
       layers: a module made by `stack`; each layer returns (x, y), y may be None.
       per_layer: pytree of arrays with a leading `layers` axis, one slice for each layer.
+      axes: logical axes of x between layers; without them parameters that are cut along `embed`
+        would have the compiler cut x likewise, and back, in every layer.
       remat: what the backward pass keeps, a name in REMAT_POLICIES.
       unroll: layers per loop iteration; default one, but all of a stack of at most SHALLOW.
     Returns the last x and the stacked y.
@@ -139,13 +142,15 @@ def fold(
     if remat not in REMAT_POLICIES:
         raise ValueError(f"unknown remat {remat!r}; known: {', '.join(REMAT_POLICIES)}")
     graphdef, state = nnx.split(layers)
+    names = (*axes, *[None] * (x.ndim - len(axes)))
 
     def body(x: Array, inputs: tuple) -> tuple[Array, Any]:
         layer_state, extra = inputs
-        return nnx.merge(graphdef, layer_state)(x, *args, *extra)
+        x, y = nnx.merge(graphdef, layer_state)(x, *args, *extra)
+        return sharding.constrain(x, *names), y
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     depth = jax.tree.leaves(state)[0].shape[0]
     unroll = unroll or (depth if depth <= SHALLOW else 1)
-    return jax.lax.scan(body, x, (state, per_layer), unroll=unroll)
+    return jax.lax.scan(body, sharding.constrain(x, *names), (state, per_layer), unroll=unroll)

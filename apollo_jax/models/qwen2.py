@@ -15,7 +15,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax.models import layers
 from apollo_jax.models.attention import Causal, attention
-from apollo_jax.sharding import constrain
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ class Block(nnx.Module):
         x = x + self.out(seen.reshape(b, length, -1))
         h = self.norm2(x)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
-        return constrain(x, "batch", "length", None), (k, v)
+        return x, (k, v)
 
 
 class Qwen2(nnx.Module):
@@ -256,7 +255,9 @@ class Qwen2(nnx.Module):
             among = jnp.broadcast_to(among, (x.shape[0], *among.shape[1:]))
             mask = jnp.concatenate([seen, among], axis=-1)
             past = (cache.k, cache.v)
-        x, new = layers.fold(self.layers, x, rope, mask, per_layer=past, remat=remat)
+        x, new = layers.fold(
+            self.layers, x, rope, mask, per_layer=past, axes=("batch", "length"), remat=remat
+        )
         return self.norm(x), new
 
 

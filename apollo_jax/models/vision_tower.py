@@ -70,6 +70,7 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "N S D"]:
         features = self.features(pixels, remat=remat)
         fused = jnp.concatenate([self.align(f) for f in features.values()], axis=-1)
+        fused = constrain(fused, "clips", None, None, None, None)
         return fused.reshape(fused.shape[0], -1, fused.shape[-1])
 
     def features(

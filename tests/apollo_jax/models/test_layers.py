@@ -32,7 +32,8 @@ def test_fold_runs_stacked_layers_in_order():
         expected = expected + expected @ kernel * scale
     for remat, unroll in (("none", 1), ("none", 3), ("full", 1)):
         out, ys = layers.fold(stacked, x, per_layer=(scales,), remat=remat, unroll=unroll)
-        np.testing.assert_allclose(out, expected, rtol=1e-5)
+        error = np.abs(out - expected).max()  # entries are sums in which much cancels
+        assert error <= 1e-6 * np.abs(expected).max()
         assert ys.shape == (3, 2, 4)
 
 
