@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from apollo_jax.models import apollo
 from apollo_jax.sharding import MeshConfig
+from apollo_jax.training.optimizers import options
 from data_pipeline.loader import DataConfig, SourceConfig
 
 REQUIRED = "REQUIRED"  # a path that a config file leaves to its user
@@ -37,16 +38,34 @@ class LearningRates:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW after a clip by global norm over what trains (paper App C; betas and decay our own)."""
+    """A clip by global norm over what trains, then one of the optimizers in docs/optimizers.md.
+
+    AdamW, the schedule and the clip are the paper's (App C); betas and decay our own.
+    """
 
     learning_rates: LearningRates = LearningRates()
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.03  # share of num_steps
     clip_norm: float = 1.0  # 0 = no clipping
-    b1: float = 0.9
+    b1: float = 0.9  # these three: of AdamW and all that is derived from it
     b2: float = 0.999
     eps: float = 1e-8
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # times the rate
+    name: Literal[
+        "adamw", "adafactor", "lamb", "lars", "lion", "muon", "schedule_free", "apollo",
+        "apollo_mini",
+    ] = "adamw"  # fmt: skip
+    rate_by_role: options.ByRole = field(
+        default_factory=options.ByRole
+    )  # times the component's rate
+    decay_by_role: options.ByRole = field(default_factory=options.no_decay)  # times weight_decay
+    decay_by_component: options.ByComponent = field(default_factory=options.ByComponent)
+    adafactor: options.Adafactor = field(default_factory=options.Adafactor)
+    lars: options.Lars = field(default_factory=options.Lars)
+    lion: options.Lion = field(default_factory=options.Lion)
+    muon: options.Muon = field(default_factory=options.Muon)
+    apollo: options.Apollo = field(default_factory=options.Apollo)
+    apollo_mini: options.Apollo = field(default_factory=options.apollo_mini)
 
 
 @dataclass(frozen=True)
@@ -119,6 +138,8 @@ def _problems(e: Experiment) -> Iterator[str]:
     for name, rate in dataclasses.asdict(e.optimizer.learning_rates).items():
         if rate < 0:
             yield f"config.optimizer.learning_rates.{name} is {rate}; 0 freezes, negative is wrong"
+    if e.optimizer.name == "schedule_free" and e.optimizer.schedule != "constant":
+        yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     chunk = e.train.loss_chunk
     if chunk < 0 or (chunk and e.data.length % chunk):
         yield f"config.train.loss_chunk {chunk} must divide config.data.length {e.data.length}"

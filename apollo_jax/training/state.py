@@ -4,6 +4,7 @@
 A name is the path in the model, "llm/layers/q/kernel"; its first part is the component.
 """
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,19 +99,46 @@ def abstract_state(
     params, frozen = split(shapes, trained)
     everywhere = NamedSharding(mesh, P())
 
-    def like(leaf: Any, place: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    def place(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        param = next((params[n] for n in names if n in params), None)
+        where = everywhere if param is None else moment_sharding(leaf.shape, param)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     opt_state = jax.eval_shape(tx.init, params)
-    opt_state = optax.tree_map_params(
-        tx,
-        lambda leaf, param: like(leaf, param.sharding),
-        opt_state,
-        params,
-        transform_non_params=lambda leaf: like(leaf, everywhere),
-    )
+    opt_state = jax.tree_util.tree_map_with_path(place, opt_state)
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     return TrainState(step, params, frozen, opt_state)
+
+
+def moment_sharding(shape: tuple[int, ...], param: jax.ShapeDtypeStruct) -> NamedSharding:
+    """Where what an optimizer keeps of a parameter lies: as the parameter, if it has its shape.
+
+    Otherwise (factors, low-rank moments) axes of the parameter's sizes are cut as they are there,
+    and mesh axes that remain cut the longest axis that they divide.
+    """
+    assert isinstance(param.sharding, NamedSharding)
+    if shape == param.shape:
+        return param.sharding
+    mesh, axes = param.sharding.mesh, list(zip(param.shape, param.sharding.spec, strict=True))
+    parts: list[tuple[str, ...]] = []
+    for size in shape:
+        at = next((i for i, (other, _) in enumerate(axes) if other == size), None)
+        parts.append(() if at is None else _names(axes[at][1]))
+        axes = axes if at is None else axes[at + 1 :]
+    used = {name for part in parts for name in part}
+    for name in (n for part in param.sharding.spec for n in _names(part) if n not in used):
+        ways = [math.prod(mesh.shape[n] for n in (*part, name)) for part in parts]
+        fits = [i for i, size in enumerate(shape) if size % ways[i] == 0 and len(shape) > 1]
+        if fits:
+            longest = max(fits, key=lambda i: shape[i])
+            parts[longest] = (*parts[longest], name)
+    return NamedSharding(mesh, P(*(part or None for part in parts)))
+
+
+def _names(part: Any) -> tuple[str, ...]:
+    """The mesh axes in one place of a PartitionSpec."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def create(weights: Arrays, abstract: TrainState, tx: optax.GradientTransformation) -> TrainState:

@@ -20,6 +20,7 @@ from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.training import losses, stages
 from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
+from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import (
     Arrays,
     TrainState,
@@ -128,7 +129,7 @@ def make_update(
             loss, accuracy = losses.mean(sums)
             return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
 
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(gradient_point(params, opt_state))
         metrics |= grad_norms(grads)
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers

@@ -11,6 +11,7 @@ import pytest
 
 from apollo_jax.config import LearningRates, OptimizerConfig
 from apollo_jax.training.optimizer import make_optimizer, make_schedules
+from apollo_jax.training.optimizers.options import ByRole
 
 RATES = LearningRates(connector=1e-2, llm=1e-3)
 PARAMS = {"connector/a": jnp.ones(3), "llm/b/c": jnp.full(2, 2.0)}
@@ -55,7 +56,9 @@ def run(config: OptimizerConfig, grads: list[dict]) -> Any:
 
 
 def test_is_adamw_with_a_rate_per_component():
-    config = OptimizerConfig(RATES, "constant", 0.0, clip_norm=0.0, weight_decay=0.1)
+    config = OptimizerConfig(
+        RATES, "constant", 0.0, clip_norm=0.0, weight_decay=0.1, decay_by_role=ByRole()
+    )
     ours = run(config, [GRADS] * 3)
     for name, peak in (("connector/a", 1e-2), ("llm/b/c", 1e-3)):
         tx = optax.adamw(peak, config.b1, config.b2, config.eps, weight_decay=0.1)
