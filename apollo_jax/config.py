@@ -112,6 +112,9 @@ class Experiment:
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvalConfig = EvalConfig()
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    topology: str = (
+        ""  # the TPU slice that mesh and batch are laid out for; "" = none in particular
+    )
     init_from: str = ""  # folder of a run or a published model; "" = init_parts
     init_parts: PartPaths = field(default_factory=PartPaths)
     seed: int = 0
@@ -159,7 +162,9 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     Raises FileNotFoundError or ValueError naming the file or field, and what is known there.
     """
     path, _, arg = spec.partition(":")
-    get_config = _load_module(Path(path)).get_config
+    get_config = getattr(load_module(Path(path)), "get_config", None)
+    if get_config is None:
+        raise ValueError(f"{path} has no get_config: it is what other configs share")
     config = get_config(arg) if arg else get_config()
     for name, text in (overrides or {}).items():
         override(config, name, text)
@@ -203,7 +208,8 @@ def _unknown_field(name: str, known: Sequence[str]) -> str:
     return f"{name} is not a field; {hint}"
 
 
-def _load_module(path: Path) -> types.ModuleType:
+def load_module(path: Path) -> types.ModuleType:
+    """The Python file of a config, or of what several configs share. FileNotFoundError."""
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         guess = difflib.get_close_matches(path.name, near, n=1) or near

@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from apollo_jax import meshes
 from data_pipeline.batch import Batch
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -53,21 +54,27 @@ class MeshConfig:
     attention: Literal["ring", "ulysses"] = "ring"
 
 
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Axis -> devices, -1 filled in. ValueError, with the nearest that work, for another number."""
+    asked = {axis: getattr(config, axis) for axis in MESH_AXES}
+    free = [axis for axis, size in asked.items() if size == -1]
+    fixed = {axis: size for axis, size in asked.items() if size != -1}
+    if len(free) > 1 or any(size < 1 for size in fixed.values()):
+        raise ValueError(f"mesh {config}: axes must be positive, at most one -1")
+    sizes = asked | {axis: max(1, devices // math.prod(fixed.values())) for axis in free}
+    if math.prod(sizes.values()) != devices:
+        every = meshes.every(devices, MESH_AXES)
+        raise ValueError(
+            f"mesh {meshes.text(fixed)} on {devices} devices does not use each of them once; "
+            f"nearest that work: {meshes.listed(meshes.nearest(fixed, every))}"
+        )
+    return sizes
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of MESH_AXES over `devices` (default: all). ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
-    shape = [getattr(config, axis) for axis in MESH_AXES]
-    if shape.count(-1) > 1 or any(n == 0 or n < -1 for n in shape):
-        raise ValueError(f"mesh {config}: axes must be positive, at most one -1")
-    known = math.prod(n for n in shape if n != -1)
-    if -1 in shape:
-        shape[shape.index(-1)] = max(1, len(devices) // known)
-    if math.prod(shape) != len(devices):
-        raise ValueError(
-            f"mesh {' x '.join(MESH_AXES)} = {' x '.join(map(str, shape))} does not use exactly "
-            f"the {len(devices)} devices present; set mesh.data=-1 or make the product "
-            f"{len(devices)}"
-        )
+    shape = list(mesh_sizes(config, len(devices)).values())
     return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
@@ -102,28 +109,39 @@ def spec(*names: str | None) -> P:
 def param_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
     """NamedShardings in the tree of `state` (abstract or concrete), from each leaf's axis names.
 
-    Raises ValueError naming the parameter whose axis the mesh does not divide.
+    Raises ValueError naming the parameter whose axis the mesh does not divide, and what would.
     """
-
-    def one(path: tuple, leaf: nnx.Variable) -> nnx.Variable:
-        names = leaf.get_metadata().get("out_sharding") or (None,) * leaf.ndim
-        partition = spec(*names)
-        _check_divides(".".join(str(p.key) for p in path), leaf.shape, partition, mesh)
-        return leaf.replace(NamedSharding(mesh, partition))
-
-    return jax.tree_util.tree_map_with_path(
-        one, state, is_leaf=lambda x: isinstance(x, nnx.Variable)
+    variables = jax.tree_util.tree_flatten_with_path(state, is_leaf=_is_variable)[0]
+    _check_divide({".".join(str(p.key) for p in path): v for path, v in variables}, mesh)
+    return jax.tree.map(
+        lambda v: v.replace(NamedSharding(mesh, _partition(v))), state, is_leaf=_is_variable
     )
 
 
-def _check_divides(name: str, shape: tuple[int, ...], partition: P, mesh: Mesh) -> None:
-    for axis, (size, mesh_axes) in enumerate(zip(shape, partition, strict=True)):
-        parts = _ways(mesh_axes, mesh)
-        if size % parts:
-            raise ValueError(
-                f"{name}: axis {axis} of shape {shape} does not divide over {parts} devices "
-                f"({mesh_axes}); choose a mesh whose {mesh_axes} axis divides {size}"
-            )
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
+
+
+def _partition(variable: nnx.Variable) -> P:
+    return spec(*(variable.get_metadata().get("out_sharding") or (None,) * variable.ndim))
+
+
+def _check_divide(variables: dict[str, nnx.Variable], mesh: Mesh) -> None:
+    common: dict[Any, int] = {}  # what divides every size that is cut along an axis
+    worst: dict[Any, tuple[str, tuple[int, ...]]] = {}
+    for name, variable in variables.items():
+        for size, axis in zip(variable.shape, _partition(variable), strict=True):
+            common[axis] = math.gcd(common.get(axis, 0), size)
+            if size % _ways(axis, mesh):
+                worst.setdefault(axis, (name, variable.shape))
+    for axis, (name, shape) in worst.items():
+        works = meshes.nearest(
+            {axis: mesh.shape[axis]}, [{axis: n} for n in meshes.divisors(common[axis])]
+        )
+        raise ValueError(
+            f"{name} of shape {shape} does not divide over mesh {axis}={mesh.shape[axis]}; nearest "
+            f"that divide every weight: {meshes.listed(works)}"
+        )
 
 
 def _ways(mesh_axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> int:

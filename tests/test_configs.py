@@ -8,8 +8,9 @@ import pytest
 
 from apollo_jax import config, sharding
 from apollo_jax.config import unset_paths
+from apollo_jax.planning.topology import parse
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import stages, state
+from apollo_jax.training import checks, stages, state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("align", "vision", "sft")
@@ -20,7 +21,10 @@ def load(size: str, stage: str) -> config.Experiment:
     return config.load(f"{CONFIGS / f'apollo_{size}.py'}:{stage}")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda p: p.stem)
+SHIPPED = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "apollo")  # what they share
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_every_stage_is_built(path: Path):
     with pytest.raises(ValueError, match="known: ") as error:
         config.load(f"{path}:nonesuch")
@@ -29,6 +33,31 @@ def test_every_stage_is_built(path: Path):
         assert stages.trained_components(experiment.optimizer.learning_rates)
         assert unset_paths(experiment) or path.stem == "demo"
     config.load(str(path))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_slices_change_only_the_layout(size: str, stage: str):
+    """On every slice the same recipe: as many tokens and clips a step, on a mesh that divides."""
+    plain = load(size, stage)
+    divisors = checks.weight_divisors(plain)
+    for name in ("v5e-256", "v5p-128", "v6e-256", "tpu7x-64"):
+        there, slice_ = load(size, f"{stage},{name}"), parse(name)
+        assert there.topology == name
+        mesh = sharding.mesh_sizes(there.mesh, slice_.chips * slice_.chip.devices)
+        assert not list(checks.refusals(there, mesh, divisors))
+        data = there.data
+        assert data.batch_size * data.length == plain.data.batch_size * plain.data.length
+        assert data.batch_size * data.clips == plain.data.batch_size * plain.data.clips
+        kept = re.compile(r"mesh\.|topology|train\.remat|data\.(batch_size|length|clips):")
+        assert all(kept.match(change) for change in config.differences(plain, there))
+    with pytest.raises(ValueError, match="known: v5e-256, v5p-128, v6e-256, tpu7x-64; others: "):
+        load(size, f"{stage},v4-8")
+
+
+def test_what_configs_share_is_no_config():
+    with pytest.raises(ValueError, match="has no get_config"):
+        config.load(str(CONFIGS / "apollo.py"))
 
 
 @pytest.mark.parametrize("size", SIZES)

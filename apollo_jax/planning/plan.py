@@ -16,6 +16,7 @@ from rich.table import Table
 
 from apollo_jax import sharding
 from apollo_jax.config import Experiment, load, parse_overrides
+from apollo_jax.planning import fit_book, search
 from apollo_jax.planning.ahead_of_time import Compiled, compile_step, model_flops
 from apollo_jax.planning.topology import SLICES, Topology, parse, use_compiler_only
 from apollo_jax.training import checks
@@ -109,7 +110,7 @@ def plan(experiment: Experiment, topology: Topology) -> Plan:
     """Compiles the experiment for the topology. ValueError for a mesh that does not divide."""
     mesh = sharding.make_mesh(experiment.mesh, topology.devices())
     data = experiment.data
-    checks.divides(data, mesh)
+    checks.layout(experiment, mesh.shape)
     return Plan(
         experiment=experiment.name,
         topology=topology,
@@ -176,6 +177,10 @@ def _advice(plan: Plan) -> str:
 
 def main(argv: list[str]) -> None:
     """Compile a recipe for a TPU slice, on this machine, and say what it needs."""
+    if argv[:1] == ["search"]:
+        return search.main(argv[1:])
+    if argv[:1] == ["book"]:
+        return fit_book.main(argv[1:])
     parser = argparse.ArgumentParser(
         "apollo-jax plan",
         description=main.__doc__,

@@ -2,13 +2,16 @@
 """What can be wrong with a run, said before anything is compiled or written."""
 
 import fnmatch
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from jax.sharding import Mesh
+import jax
 
+from apollo_jax import meshes, sharding
 from apollo_jax.checkpoints import run
 from apollo_jax.config import Experiment, differences, unset_paths
-from data_pipeline.loader import DataConfig
+from apollo_jax.training.state import abstract_model
 from data_pipeline.tokenizer import Tokenizer
 
 # What may differ between a run and its continuation (the loader checks the data themselves).
@@ -16,7 +19,7 @@ FREE = (
     "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
     "evaluation.*", "mesh.*", "init_from", "init_parts.*", "data.frames", "data.tokenizer",
     "data.threads", "data.prefetch", "data.max_bad_share", "data.sources.*.path", "data.sizes",
-    "data.sources.*.data_dir", "data.layout",
+    "data.sources.*.data_dir", "data.layout", "topology",
 )  # fmt: skip
 
 
@@ -55,11 +58,70 @@ def tokenizer_of(experiment: Experiment) -> Tokenizer:
     return tokenizer
 
 
-def divides(data: DataConfig, mesh: Mesh) -> None:
-    """ValueError if the rows of a batch cannot be spread over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if data.batch_size % ways:
-        raise ValueError(
-            f"config.data.batch_size {data.batch_size} does not divide over the {ways} devices of "
-            "mesh data x fsdp"
+def layout(experiment: Experiment, mesh: Mapping[str, int]) -> None:
+    """ValueError if the batch or the decoder's heads do not divide over the mesh.
+
+    The error names the nearest meshes over as many devices on which everything divides.
+
+    Args:
+      mesh: axis -> devices.
+    """
+    problem = next(refusals(experiment, mesh), None)
+    if problem is None:
+        return
+    divisors = weight_divisors(experiment)
+    devices = math.prod(mesh.values())
+    every = meshes.every(devices, list(mesh))
+    works = [m for m in every if not any(refusals(experiment, m, divisors))]
+    near = meshes.listed(meshes.nearest(mesh, works))
+    instead = f"mesh {near}" if works else f"no mesh over {devices} devices"
+    ways, rows = mesh["data"] * mesh["fsdp"], experiment.data.batch_size
+    if rows % ways:
+        instead = f"config.data.batch_size={max(1, round(rows / ways)) * ways}, {instead}"
+    raise ValueError(f"{problem}; nearest that work: {instead}")
+
+
+def refusals(
+    experiment: Experiment, mesh: Mapping[str, int], divisors: Mapping[str, int] | None = None
+) -> Iterator[str]:
+    """What does not divide over a mesh; nothing if the experiment can run on it.
+
+    Args:
+      mesh: axis -> devices.
+      divisors: see `weight_divisors`; without them the weights are not looked at.
+    """
+    rows, length = experiment.data.batch_size, experiment.data.length
+    heads = experiment.model.llm.num_attention_heads
+    context, tensor = mesh["context"], mesh["tensor"]
+    if rows % (mesh["data"] * mesh["fsdp"]):
+        yield (
+            f"config.data.batch_size={rows} does not divide over the {mesh['data'] * mesh['fsdp']} "
+            f"row shards of mesh {meshes.text(mesh)}"
         )
+    if length % (2 * context) and context > 1:
+        yield (
+            f"config.data.length={length} does not divide into the {2 * context} pieces of mesh "
+            f"context={context}"
+        )
+    if heads % tensor:
+        yield f"the decoder's {heads} heads do not divide over mesh tensor={tensor}"
+    elif experiment.mesh.attention == "ulysses" and heads % (tensor * context):
+        yield (
+            f"the decoder's {heads} heads do not divide over mesh context={context} "
+            f"tensor={tensor}, as mesh.attention=ulysses needs"
+        )
+    for axis, largest in (divisors or {}).items():
+        if largest % mesh[axis]:
+            yield f"the weights do not divide over mesh {axis}={mesh[axis]}, only over {largest}"
+
+
+def weight_divisors(experiment: Experiment) -> dict[str, int]:
+    """By mesh axis the largest number of devices that divides every weight cut along it."""
+    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    _, shapes = abstract_model(experiment.model, experiment.train, (), one)
+    found: dict[str, int] = {}
+    for shape in shapes.values():
+        for size, axis in zip(shape.shape, shape.sharding.spec, strict=True):
+            if axis is not None:
+                found[axis] = math.gcd(found.get(axis, 0), size)
+    return found

@@ -77,7 +77,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     tokenizer = checks.tokenizer_of(experiment)
     begun = checks.continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
-    checks.divides(experiment.data, mesh)
+    checks.layout(experiment, mesh.shape)
     loader = _open_loader(experiment.data, experiment.train.num_steps, mesh)
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):

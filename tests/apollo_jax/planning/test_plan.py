@@ -56,8 +56,12 @@ def test_what_does_not_fit_is_an_answer(tmp_path):
     ("arguments", "overrides", "said"),
     [
         (("--topology", "v5e-250"), {}, "did you mean v5e-256"),
-        (("--topology", "v5e:4x4"), {"mesh.data": "3"}, "does not use exactly the 16 devices"),
-        (("--topology", "v5e:4x4"), {"data.batch_size": "12"}, "12 does not divide over the 16"),
+        (("--topology", "v5e:4x4"), {"mesh.data": "3"}, "mesh data=3 on 16 devices"),
+        (
+            ("--topology", "v5e:4x4"),
+            {"data.batch_size": "12"},
+            "batch_size=12 does not divide over the 16",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, overrides, said):

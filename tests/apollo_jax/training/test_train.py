@@ -162,8 +162,15 @@ def test_another_config_is_refused(whole, experiment):
         ({"data.sources.all.path": ""}, r"--config\.data\.sources\.all\.path=PATH"),
         ({"data.tokenizer": "nowhere"}, "tokenizer nowhere does not exist"),
         ({"data.sources.all.path": "nowhere"}, "nowhere does not exist"),
-        ({"data.batch_size": "12"}, "12 does not divide over the 8 devices"),
-        ({"mesh.tensor": "3"}, "mesh"),
+        (
+            {"data.batch_size": "12"},
+            "batch_size=12 does not divide .* nearest that work: config.data.batch_size=16, mesh ",
+        ),
+        ({"mesh.tensor": "3"}, "tensor=3 on 8 devices .* nearest that work: "),
+        (
+            {"mesh.tensor": "8"},
+            "4 heads do not divide over mesh tensor=8; nearest that work: mesh ",
+        ),
         ({"model.llm.vocab_size": "100"}, r"config\.model\.llm\.vocab_size\) only 100"),
         ({f"optimizer.learning_rates.{c}": "0" for c in ("llm", "connector")}, "nothing trains"),
         ({"init_from": "nowhere"}, "nowhere"),

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`apollo-jax plan search`: which mesh, rematerialisation and rows a recipe should have on a slice.
+
+From the config's own layout the search walks to neighbours: a prime factor moved from one mesh axis
+to another, another rematerialisation, half as many rows of twice the length or the reverse. What
+arithmetic refuses is never compiled. It goes on from whatever no other layout beats in both step
+time bound and peak memory, and ends when all neighbours of these have been looked at.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from apollo_jax import meshes, sharding
+from apollo_jax.config import Experiment, TrainConfig, load, parse_overrides
+from apollo_jax.planning import jobs
+from apollo_jax.planning.topology import Topology, parse, use_compiler_only
+from apollo_jax.training import checks
+from apollo_jax.training.step import build
+
+_GIB = 2**30
+_ON_CHIP = (None, "device", "unpinned_host")  # the last is what a CPU calls its own
+REMATS: tuple[str, ...] = get_args(get_type_hints(TrainConfig)["remat"])
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the search varies; one step holds the same tokens and clips in every layout."""
+
+    mesh: tuple[int, ...]  # devices along sharding.MESH_AXES
+    remat: str
+    rows: int
+    length: int  # of a row
+    clips: int  # of a row
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(zip(sharding.MESH_AXES, self.mesh, strict=True))
+
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """The config fields that ask for this layout."""
+        fields = {f"mesh.{axis}": n for axis, n in self.sizes.items()} | {
+            "train.remat": self.remat,
+            "data.batch_size": self.rows,
+            "data.length": self.length,
+            "data.clips": self.clips,
+        }
+        return tuple((name, str(value)) for name, value in fields.items())
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The experiment in this layout."""
+        data = replace(experiment.data, batch_size=self.rows, length=self.length, clips=self.clips)
+        mesh = replace(experiment.mesh, **self.sizes)
+        train = replace(experiment.train, remat=self.remat)
+        return replace(experiment, data=data, mesh=mesh, train=train)
+
+    def __str__(self) -> str:
+        return f"{meshes.text(self.sizes)} remat={self.remat} {self.rows}x{self.length}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a layout: its bounds, or why it was refused."""
+
+    layout: Layout
+    seconds: float = 0.0  # at least, per step
+    peak: float = 0.0  # bytes per device; of what does not fit, as far as it is known
+    refused: str = ""
+
+    def beats(self, other: "Outcome") -> bool:
+        """At least as good in both, and better in one; of equals the first in name."""
+        mine, theirs = (self.seconds, self.peak), (other.seconds, other.peak)
+        if mine == theirs:
+            return str(self.layout) < str(other.layout)
+        return mine[0] <= theirs[0] and mine[1] <= theirs[1]
+
+    def __str__(self) -> str:
+        return self.refused or f"{self.seconds:.3g} s, {self.peak / _GIB:.2f} GiB"
+
+
+def neighbours(layout: Layout) -> Iterator[Layout]:
+    """The layouts one change away, whether or not they can run."""
+    for source, size in enumerate(layout.mesh):
+        factor = next((p for p in meshes.divisors(size) if p > 1), 0)
+        for target in range(len(layout.mesh)) if factor else ():
+            if target != source:
+                mesh = list(layout.mesh)
+                mesh[source], mesh[target] = size // factor, mesh[target] * factor
+                yield replace(layout, mesh=tuple(mesh))
+    for remat in REMATS:
+        if remat != layout.remat:
+            yield replace(layout, remat=remat)
+    rows, length, clips = layout.rows, layout.length, layout.clips
+    if rows % 2 == 0:
+        yield replace(layout, rows=rows // 2, length=length * 2, clips=clips * 2)
+    if length % 2 == 0 and clips % 2 == 0:
+        yield replace(layout, rows=rows * 2, length=length // 2, clips=clips // 2)
+
+
+def pareto(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Those that no other beats, fastest first."""
+    ran = [o for o in outcomes if not o.refused]
+    return sorted((o for o in ran if not any(p.beats(o) for p in ran)), key=lambda o: o.seconds)
+
+
+class Arithmetic:
+    """What is known of a layout without compiling it."""
+
+    def __init__(self, experiment: Experiment, topology: Topology):
+        self.experiment, self.topology = experiment, topology
+        self.divisors = checks.weight_divisors(experiment)
+        self.hbm = topology.chip.hbm / topology.chip.devices
+        one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+        abstract = build(experiment, one).abstract
+        clipped = experiment.optimizer.clip_norm > 0  # needs all gradients at once
+        held = abstract.params, abstract.frozen, abstract.opt_state, clipped and abstract.params
+        self._bytes: dict[tuple[str, ...], int] = {}  # by the mesh axes that cut them
+        for leaf in jax.tree.leaves(held):
+            if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind in _ON_CHIP:
+                cut = [np.atleast_1d(part).tolist() for part in leaf.sharding.spec if part]
+                axes = tuple(axis for part in cut for axis in part)
+                size = math.prod(leaf.shape) * leaf.dtype.itemsize
+                self._bytes[axes] = self._bytes.get(axes, 0) + size
+
+    def state_bytes(self, layout: Layout) -> float:
+        """Of weights, moments and gradients on one device: the least that a step needs."""
+        ways = layout.sizes
+        return sum(n / math.prod(ways[a] for a in axes) for axes, n in self._bytes.items())
+
+    def refusal(self, layout: Layout) -> Outcome | None:
+        """Why the layout cannot run, if that can be said."""
+        data = self.experiment.data
+        if layout.length < min(data.length, data.max_clips * data.tokens_per_clip):
+            longest = data.max_clips * data.tokens_per_clip
+            return Outcome(layout, refused=f"cuts samples: they have up to {longest} visual tokens")
+        try:
+            experiment = layout.of(self.experiment)
+        except ValueError as error:
+            return Outcome(layout, refused=str(error).splitlines()[-1].strip())
+        slices, rows = self.topology.slices, layout.sizes["data"]
+        why = next(checks.refusals(experiment, layout.sizes, self.divisors), "")
+        if why or rows % slices:
+            return Outcome(
+                layout, refused=why or f"mesh data={rows} does not divide {slices} slices"
+            )
+        needed = self.state_bytes(layout)
+        if needed > self.hbm:
+            what = "weights, moments and gradients alone"
+            return Outcome(layout, peak=needed, refused=_too_large(needed, self.hbm, what))
+        return None
+
+    def start(self) -> Layout:
+        """The config's own layout, or the nearest mesh that divides. ValueError if none does."""
+        data, remat = self.experiment.data, self.experiment.train.remat
+        asked = {axis: getattr(self.experiment.mesh, axis) for axis in sharding.MESH_AXES}
+        fixed = {axis: size for axis, size in asked.items() if size > 0}
+        every = meshes.every(self.devices, sharding.MESH_AXES)
+        layouts = (
+            Layout(tuple(sizes.values()), remat, data.batch_size, data.length, data.clips)
+            for sizes in meshes.nearest(fixed, every, count=self.devices**2)
+        )
+        refused = []
+        for layout in layouts:
+            why = self.refusal(layout)
+            if why is None or why.peak:
+                return layout
+            refused.append(why.refused)
+        raise ValueError(f"no mesh over the {self.devices} devices works: {refused[0]}")
+
+    @property
+    def devices(self) -> int:
+        return self.topology.chips * self.topology.chip.devices
+
+
+def search(
+    start: Layout,
+    refusal: Callable[[Layout], Outcome | None],
+    compiled: Callable[[Sequence[Layout]], Iterator[Outcome]],
+    limit: int,
+) -> dict[Layout, Outcome]:
+    """The outcome of every layout that was looked at; at most `limit` of them are compiled.
+
+    Args:
+      refusal: what arithmetic alone refuses, else None.
+      compiled: the outcomes of some layouts, in any order.
+    """
+    outcomes: dict[Layout, Outcome] = {}
+    waiting = [start]
+    while waiting:
+        refused = {layout: why for layout in waiting if (why := refusal(layout))}
+        run = [layout for layout in waiting if layout not in refused]
+        late = "not compiled: the limit of compilations (--limit) was reached"
+        refused |= {layout: Outcome(layout, refused=late) for layout in run[limit:]}
+        outcomes |= refused | {o.layout: o for o in compiled(run[:limit])}
+        limit -= len(run[:limit])
+        found = dict.fromkeys(n for o in _best(outcomes) for n in neighbours(o.layout))
+        waiting = [layout for layout in found if layout not in outcomes]
+    return outcomes
+
+
+def _best(outcomes: Mapping[Layout, Outcome]) -> list[Outcome]:
+    """The Pareto set; while nothing fits, what needs the least."""
+    known = [o for o in outcomes.values() if o.peak]
+    return pareto(outcomes.values()) or sorted(known, key=lambda o: o.peak)[:1]
+
+
+def _too_large(needed: float, hbm: float, what: str) -> str:
+    return f"does not fit: {what} take {needed / _GIB:.2f} GiB, {(needed - hbm) / _GIB:.2f} over"
+
+
+def outcome_of(layout: Layout, facts: Mapping[str, Any] | jobs.Failed) -> Outcome:
+    """Reads a plan's facts."""
+    if isinstance(facts, jobs.Failed):
+        return Outcome(layout, refused=f"the compiler failed: {facts}")
+    peak = facts["memory"]["peak"]
+    if not facts["fits"]:
+        largest = facts["largest"][0] if facts["largest"] else (0, "?")
+        why = _too_large(peak, facts["hbm_bytes"], "its buffers")
+        why += f"; the largest has {largest[0] / _GIB:.2f} GiB: {largest[1]}"
+        return Outcome(layout, peak=peak, refused=why)
+    return Outcome(layout, facts["bound"]["step_seconds"], peak)
+
+
+def explained(outcomes: Mapping[Layout, Outcome]) -> dict[Layout, str]:
+    """Why each layout outside the Pareto set is outside it."""
+    front = pareto(outcomes.values())
+    reasons = {}
+    for outcome in outcomes.values():
+        if outcome.refused:
+            reasons[outcome.layout] = outcome.refused
+        elif outcome not in front:
+            better = next(o for o in front if o.beats(outcome))
+            reasons[outcome.layout] = f"{outcome}: dominated by {better.layout} ({better})"
+    return reasons
+
+
+def main(argv: list[str]) -> None:
+    """Search the mesh, rematerialisation and rows of a recipe for a TPU slice."""
+    parser = argparse.ArgumentParser(
+        "apollo-jax plan search",
+        description=main.__doc__,
+        epilog="Any field of the config can be set: --config.train.loss_chunk=512. What has been "
+        "compiled is kept (APOLLO_PLANS names the folder), so an interrupted search continues.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    parser.add_argument("--topology", required=True, help="as for apollo-jax plan")
+    parser.add_argument("--jobs", type=int, default=1, help="compilations at a time, 2-4 GB each")
+    parser.add_argument("--limit", type=int, default=40, help="compilations at most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
+    args, rest = parser.parse_known_args(argv)
+    use_compiler_only()
+    overrides = parse_overrides(rest)
+    known = Arithmetic(load(args.config, overrides), parse(args.topology))
+    done = 0
+
+    def compiled(layouts: Sequence[Layout]) -> Iterator[Outcome]:
+        nonlocal done
+        wanted = {}
+        for layout in layouts:
+            changes = tuple((overrides | dict(layout.overrides())).items())
+            wanted[jobs.Job(args.config, changes, args.topology)] = layout
+        for job, facts in jobs.run(list(wanted), jobs.default_cache(), args.jobs):
+            outcome = outcome_of(wanted[job], facts)
+            done += 1
+            console.print(f"{done:3d} {wanted[job]}: {outcome}", markup=False)
+            yield outcome
+
+    try:
+        outcomes = search(known.start(), known.refusal, compiled, args.limit)
+    except KeyboardInterrupt:
+        console.print(f"stopped; {done} compiled layouts are kept, the same command continues")
+        raise SystemExit(130) from None
+    show(outcomes)
+    if args.json:
+        facts = {"config": args.config, "topology": args.topology, "overrides": overrides}
+        args.json.write_text(json.dumps(facts | as_json(outcomes), indent=1) + "\n")
+    if not pareto(outcomes.values()):
+        raise SystemExit(1)
+
+
+def show(outcomes: Mapping[Layout, Outcome]) -> None:
+    """Prints the Pareto set, and why everything beside it is not in it."""
+    front = pareto(outcomes.values())
+    table = Table("layout", "step >= s", "peak GiB", title="not beaten", title_justify="left")
+    for outcome in front:
+        peak = f"{outcome.peak / _GIB:.2f}"
+        table.add_row(str(outcome.layout), f"{outcome.seconds:.3g}", peak)
+    reasons = explained(outcomes)
+    console.print("beside them")
+    for layout, why in sorted(reasons.items(), key=lambda item: (item[1], str(item[0]))):
+        console.print(f"  {layout}: {why}", markup=False)
+    console.print(table if front else "[red]nothing fits[/]: more chips, or fewer rows a step")
+    for outcome in front:
+        flags = [f"--config.{name}={value}" for name, value in outcome.layout.overrides()]
+        console.print(f"  {outcome.layout}:\n    {' '.join(flags)}", markup=False)
+
+
+def as_json(outcomes: Mapping[Layout, Outcome]) -> dict[str, Any]:
+    """The search's result as its JSON has it."""
+
+    def one(outcome: Outcome) -> dict[str, Any]:
+        bounds = {"step_seconds": outcome.seconds, "peak_bytes": outcome.peak}
+        return dict(outcome.layout.overrides()) | bounds
+
+    refused = explained(outcomes)
+    return {
+        "pareto": [one(outcome) for outcome in pareto(outcomes.values())],
+        "refused": [one(outcomes[layout]) | {"why": why} for layout, why in refused.items()],
+    }

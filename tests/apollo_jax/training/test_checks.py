@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layouts that cannot run are refused with the nearest that can."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from apollo_jax import sharding
+from apollo_jax.config import load
+from apollo_jax.training import checks
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return load(f"{CONFIGS}/apollo_7b.py:sft")  # 64 rows of 16,384; 28 heads
+
+
+def mesh(data=1, fsdp=1, context=1, tensor=1):
+    return dict(data=data, fsdp=fsdp, context=context, tensor=tensor)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said", "instead"),
+    [
+        (
+            mesh(fsdp=256),
+            "config.data.batch_size=64 does not divide over the 256 row shards of mesh fsdp=256",
+            "config.data.batch_size=256, mesh fsdp=64 tensor=4 or fsdp=64 context=4",
+        ),
+        (
+            mesh(fsdp=32, tensor=8),
+            "28 heads do not divide over mesh tensor=8",
+            "mesh fsdp=64 tensor=4",
+        ),
+        (
+            mesh(context=3),
+            "length=16384 does not divide into the 6 pieces of mesh context=3",
+            "no mesh over 3 devices",
+        ),
+    ],
+)
+def test_refused_with_the_nearest_that_works(sft, sizes, said, instead):
+    with pytest.raises(ValueError, match=said) as error:
+        checks.layout(sft, sizes)
+    where = str(error.value).partition("nearest that work: ")[2]
+    assert where.startswith(instead)
+    assert "\n" not in str(error.value)
+
+
+def test_ulysses_needs_heads_for_both_axes(sft):
+    ulysses = replace(sft, mesh=sharding.MeshConfig(attention="ulysses"))
+    sizes = mesh(fsdp=8, context=4, tensor=2)
+    checks.layout(sft, sizes)
+    with pytest.raises(ValueError, match="28 heads do not divide over mesh context=4 tensor=2"):
+        checks.layout(ulysses, sizes)
+
+
+def test_what_is_proposed_can_run(sft):
+    """Every proposal for a batch that is too small passes all checks, those of the weights too."""
+    divisors = checks.weight_divisors(sft)
+    assert divisors == {"fsdp": 128, "tensor": 16}
+    assert not list(checks.refusals(sft, mesh(fsdp=64, tensor=4), divisors))
+    (why,) = checks.refusals(replace_rows(sft, 256), mesh(fsdp=256), divisors)
+    assert why == "the weights do not divide over mesh fsdp=256, only over 128"
+
+
+def replace_rows(experiment, rows):
+    return replace(experiment, data=replace(experiment.data, batch_size=rows))
