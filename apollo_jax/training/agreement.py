@@ -7,6 +7,7 @@ k numbers.
 """
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from apollo_jax.training.rows import Share
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Loader, LoadStats, too_many
 
@@ -23,16 +25,24 @@ _WORDS = 1500  # bytes that a process can say
 
 
 class Feed:
-    """A loader that does not fail alone: after an error it gives rows of padding, and keeps it."""
+    """A loader that does not fail alone: after an error it gives rows of padding, and keeps it.
 
-    def __init__(self, loader: Loader):
-        self.loader = loader
+    Rows that several processes read are counted by the first of them.
+    """
+
+    def __init__(self, loader: Loader, mine: Share):
+        self.loader, self.mine = loader, mine
         self.error = ""
+        self.digest = 0  # of the rows so far, if another process reads them too
 
     def __next__(self) -> tuple[Batch, LoadStats]:
         try:
             if not self.error:
-                return next(self.loader)
+                batch, stats = next(self.loader)
+                if self.mine.count < jax.process_count():
+                    for field in (batch.tokens, batch.loss_weights, batch.clip_mask):
+                        self.digest = zlib.crc32(field.tobytes(), self.digest)
+                return batch, stats if self.mine.first else _NOTHING
         except StopIteration:
             raise
         except Exception as error:

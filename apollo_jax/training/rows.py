@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from apollo_jax import sharding
@@ -43,6 +44,24 @@ def share(mesh: Mesh, process: int | None = None) -> Share:
     mine = held[process]
     first = process == min(p for p, shards in held.items() if shards == mine)
     return Share(parts.index(mine), len(parts), first, mine)
+
+
+def agree(mine: Share, digest: int) -> None:
+    """ValueError, in all processes, if two that read the same rows have not read the same.
+
+    Waits for all. `digest` is of what this process has read.
+    """
+    if mine.count == jax.process_count():
+        return
+    said = multihost_utils.process_allgather(np.array([mine.index, digest], np.uint32))
+    for index in range(mine.count):
+        if len({digest for part, digest in said.tolist() if part == index}) > 1:
+            alike = ", ".join(str(p) for p, (part, _) in enumerate(said.tolist()) if part == index)
+            raise ValueError(
+                f"processes {alike} hold parts of the same rows but have read different ones: a "
+                "file is not the same for all, or could not be read by one. What was trained on "
+                "them is not saved; the same command goes on from the last checkpoint"
+            )
 
 
 def place(rows: Batch, mesh: Mesh) -> Batch:

@@ -25,7 +25,7 @@ from apollo_jax.config import Experiment, load, parse_overrides
 from apollo_jax.training import agreement, checks, losses, stages
 from apollo_jax.training.agreement import Feed
 from apollo_jax.training.metrics import MetricLog
-from apollo_jax.training.rows import place, share
+from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Program, build
 from apollo_jax.training.weights import initial_weights
@@ -107,7 +107,7 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
     """Evaluate -> save (with the iterator) -> next batch -> step -> the previous step's metrics."""
     train, every = run.experiment.train, run.experiment.evaluation.every
     done = stopped = False
-    feed = Feed(run.loader)
+    feed = Feed(run.loader, share(run.mesh))
     with contextlib.ExitStack() as stack:
         log = MetricLog(
             run.workdir,
@@ -128,6 +128,7 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
                 log.write(step, _evaluate(run, state))
             if step > start and (done or stopped or step % train.checkpoint_every == 0):
                 log.agree()
+                agree(feed.mine, feed.digest)
                 checkpoints.save(step, state, run.loader.get_state())
             if done or stopped:
                 break
@@ -164,7 +165,7 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
     total = None
     with contextlib.closing(_open_loader(data, evaluation.batches, run.mesh)) as loader:
-        feed, counts, latest = Feed(loader), np.zeros(2, np.int32), ""
+        feed, counts, latest = Feed(loader, share(run.mesh)), np.zeros(2, np.int32), ""
         for _ in range(evaluation.batches):
             rows, stats = next(feed)
             counts += (len(stats.bad), stats.samples + len(stats.bad))

@@ -93,26 +93,37 @@ def test_goes_back_to_the_last_whole_checkpoint(whole, experiment, tmp_path, cap
     assert losses(copy) == losses(whole)
 
 
-def start_two(world: Path, workdir: Path, *, second: str = "") -> list[subprocess.Popen]:
-    """Both processes of a run; the flag `second` is the second one's alone."""
+def start_all(
+    world: Path, workdir: Path, *flags: str, count: int = 2, last: str = ""
+) -> list[subprocess.Popen]:
+    """The processes of a run on eight devices; the flag `last` is the last one's alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = ["--config.evaluation.every=0", "--distributed"]
-    own: list[list[str]] = [[], [second] * bool(second)]
+    flags = ("--config.evaluation.every=0", *flags, "--distributed")
+    own = [*[[]] * (count - 1), [last] * bool(last)]
     return [
-        start(world, workdir, *flags, f"localhost:{port},2,{i}", *own[i], devices=4)
-        for i in range(2)
+        start(world, workdir, *flags, f"localhost:{port},{count},{i}", *own[i], devices=8 // count)
+        for i in range(count)
     ]
 
 
-def test_two_processes_continue_the_run_of_one(world, whole, tmp_path):
-    """Each feeds its half of the rows to its four devices; the mean is over all."""
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [
+        (2, {}),  # each feeds its half of the rows to its four devices
+        (2, {"data": 1, "context": 8}),  # the ring goes through both, which read the same rows
+        (4, {"data": 1, "fsdp": 2, "context": 2, "tensor": 2, "attention": "ulysses"}),
+    ],
+    ids=str,
+)
+def test_processes_continue_the_run_of_one(world, whole, tmp_path, count, mesh):
     copy = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / "00000008")
-    both = start_two(world, copy)
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    flags = [f"--config.mesh.{axis}={value}" for axis, value in mesh.items()]
+    processes = start_all(world, copy, *flags, count=count)
+    said = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, said
     expected = [line[:2] for line in losses(whole) if line[0] > 6 and line[1]]
     found = [line[:2] for line in losses(copy) if line[0] > 6]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -123,7 +134,7 @@ def test_bad_data_of_one_process_stop_both_with_the_same_message(world, tmp_path
     shards = shutil.copytree(world / "shards", tmp_path / "shards")
     for file in shards.glob("*.array_record"):
         file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"---"))
-    both = start_two(world, tmp_path / "run", second=f"--config.data.frames={shards}")
+    both = start_all(world, tmp_path / "run", last=f"--config.data.frames={shards}")
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
     stopped = [text[text.index(" samples could not be read") :] for text in said]
@@ -134,9 +145,24 @@ def test_bad_data_of_one_process_stop_both_with_the_same_message(world, tmp_path
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
+def test_processes_that_share_rows_must_read_the_same(world, tmp_path):
+    """Of one process a video cannot be decoded: it is masked there and not in the other."""
+    shards = shutil.copytree(world / "shards", tmp_path / "shards")
+    for file in shards.glob("*.array_record"):
+        file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"---"))
+    flags = ("--config.mesh.data=1", "--config.mesh.context=8", "--config.data.max_bad_share=1")
+    last = f"--config.data.frames={shards}"
+    both = start_all(world, tmp_path / "run", *flags, last=last)
+    said = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [2, 2], said
+    for text in said:
+        assert "processes 0, 1 hold parts of the same rows but have read different" in text
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_data_that_one_process_cannot_open_stop_both(world, tmp_path):
     path = tmp_path / "none.jsonl"
-    both = start_two(world, tmp_path / "run", second=f"--config.data.sources.all.path={path}")
+    both = start_all(world, tmp_path / "run", last=f"--config.data.sources.all.path={path}")
     said = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [2, 2], said
     for text in said:
