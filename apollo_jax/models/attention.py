@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention behind one function: XLA everywhere, the splash kernel (Pallas) on TPU; and, where
-positions are cut over the mesh, a ring or an exchange of positions for heads.
+"""Attention behind one function: XLA everywhere, the splash kernel (Pallas) on TPU, cuDNN's on
+GPU; and, where positions are cut over the mesh, a ring or an exchange of positions for heads.
 
 B batch, L query positions, S key positions, N query heads, K key/value heads, G = N / K query
 heads per key head, H head dim.
@@ -11,7 +11,7 @@ compiled for a TPU topology on a machine that has none.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,8 @@ def _within_device(q: Array, k: Array, v: Array, mask: Any, axes: tuple[str, str
     if not dense and sharding.platform() == "tpu" and q.shape[1] >= SMALLEST_FOR_SPLASH:
         segments = mask.segment_ids if isinstance(mask, Causal) else None
         return splash_attention(q, k, v, segments, causal=mask is not None, axes=axes)
+    if sharding.platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[3] % 8 == 0:
+        return fused_attention(q, k, v, mask, implementation="cudnn")
     return xla_attention(q, k, v, mask.dense(q.shape[1]) if isinstance(mask, Causal) else mask)
 
 
@@ -101,6 +103,24 @@ def _for_each_device(q: Array, k: Array, v: Array, heads: str | None) -> tuple[A
     if times == 1 or q.shape[2] % (kv_heads * times):
         return k, v
     return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
+
+
+def fused_attention(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Any = None,
+    *,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "B L N H"]:
+    """Attention by jax.nn; cuDNN's kernel takes 16-bit floats and head dims in multiples of 8."""
+    causal = isinstance(mask, Causal) and mask.segment_ids is None
+    if isinstance(mask, Causal):
+        mask = None if causal else mask.dense(q.shape[1])
+    mask = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=causal, implementation=implementation
+    )
 
 
 def xla_attention(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from apollo_jax import sharding
-from apollo_jax.models.attention import Causal, attention, xla_attention
+from apollo_jax.models.attention import Causal, attention, fused_attention, xla_attention
 from apollo_jax.models.splash_attention import splash_attention
 
 
@@ -47,6 +47,7 @@ def segments(length, batch=2):
         (256, 256, 2, 1, 128, Causal()),
         (260, 260, 2, 2, 72, None),  # SigLIP's head dim
         (257, 300, 1, 1, 88, None),  # InternVideo2's, and other keys than queries
+        (256, 256, 1, 1, 96, None),
     ],
 )
 def test_splash_equals_xla(length, keys, heads, kv_heads, head_dim, mask):
@@ -63,6 +64,18 @@ def test_splash_equals_xla(length, keys, heads, kv_heads, head_dim, mask):
     np.testing.assert_allclose(out, expected, atol=2e-5)
     for got, wanted in zip(backward(out), expected_backward(out), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, Causal(), Causal(segments(20)), segments(20)[:, None, :] > 0],
+    ids=["whole", "causal", "segments", "dense"],
+)
+def test_what_gpus_are_asked_for_is_the_same_attention(mask):
+    """By XLA here; on a GPU cuDNN gets these arguments."""
+    q, k, v = operands(20, 20, 4, 2, 24)
+    out = fused_attention(q, k, v, mask, implementation="xla")
+    np.testing.assert_allclose(out, attention(q, k, v, mask), atol=2e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])  # 1 does not divide over the tensor axis
