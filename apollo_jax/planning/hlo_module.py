@@ -20,6 +20,7 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 # Functions that stand between a model's layer and the operation: the caller says more.
 _GO_BETWEENS = ("layers.py", "sharding.py")
 _OURS = ("models", "training")
+_WHOLE = ("step", "apollo")  # files that call the parts
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,30 @@ class Module:
 
         The innermost frame of this project that belongs to a model or to the train step.
         """
+        frames = self._frames(i)
+        named = [f for f in frames if f[0].name not in _GO_BETWEENS] or frames
+        return f"{named[0][0].name}:{named[0][1]} {named[0][2]}" if named else ""
+
+    def part(self, i: Instruction) -> str:
+        """The part of the model that an operation belongs to: "qwen2", "siglip", "losses", ..."""
+        frames = [f[0].stem for f in self._frames(i) if f[0].name not in _GO_BETWEENS]
+        inner = [name for name in frames if name not in _WHOLE]
+        return inner[-1] if inner else (frames[0] if frames else "")
+
+    def _frames(self, i: Instruction) -> list[tuple[PurePath, int, str]]:
+        """(file, line, function) of this project, the innermost first."""
         found = re.search(r"stack_frame_id=(\d+)", i.attributes)
-        frame, best = int(found[1]) if found else 0, ""
+        frame, frames = int(found[1]) if found else 0, []
         while frame:
             location, parent = _numbers(self._row("StackFrames", frame))[:2]
             file, function, line = _numbers(self._row("FileLocations", location))[:3]
             path = PurePath(self._row("FileNames", file).strip('"'))
-            name = self._row("FunctionNames", function).strip('"').replace("<locals>.", "")
             if path.parent.name in _OURS:
-                best = f"{path.name}:{line} {name}"
-                if path.name not in _GO_BETWEENS:
-                    break
+                name = self._row("FunctionNames", function).strip('"').replace("<locals>.", "")
+                frames.append((path, line, name))
             # a frame without a parent names itself: parents are numbered from one above
             frame = parent - 1 if parent - 1 < frame else 0
-        return best
+        return frames
 
     def _row(self, table: str, number: int) -> str:
         rows = self._tables[table]
