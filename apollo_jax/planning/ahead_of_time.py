@@ -14,6 +14,9 @@ import numpy as np
 from apollo_jax import sharding
 from apollo_jax.config import Experiment
 from apollo_jax.planning import flops, hlo
+from apollo_jax.planning.buffers import Buffer, at_peak
+from apollo_jax.planning.hlo_module import Module
+from apollo_jax.planning.rates import Rates
 from apollo_jax.planning.topology import Topology
 from apollo_jax.training import losses, stages
 from apollo_jax.training.state import TrainState, abstract_model, merge, split
@@ -22,8 +25,10 @@ from data_pipeline.batch import Batch, empty_batch
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _TOO_LARGE = re.compile(r"\(([\d.]+)([KMGT])?\) exceeds available \w+ \(([\d.]+)([KMGT])\)")
-_BUFFER = re.compile(r"\s*[\d.]+\w+\(\s*\d+%\);\s*([\d.]+)([KMG]?)i?B?;\s*\d*;\s*\d+; (.+)")
-_LARGEST = 8  # buffers that are named
+_LARGEST = 12  # buffers that are named
+_CRASH = "async-update"  # in the message of a fault that libtpu is known to have
+# Asked for once more where the compiler stumbles over its own asynchronous exchanges.
+PLAINER = {"xla_tpu_enable_async_collective_fusion": "false"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ class Memory:
     batch: int
     temporaries: int
     code: int
-    peak: int  # what must be there at once
+    peak: int  # the compiler's own; the sum where it gives none
 
     @property
     def resident(self) -> int:
@@ -50,8 +55,22 @@ class Compiled:
     fits: bool
     memory: Memory
     totals: hlo.Totals | None  # None if it did not fit
-    largest: list[tuple[int, str]] = field(default_factory=list)  # temporaries: bytes, shape
+    buffers: list[Buffer] = field(default_factory=list)  # temporaries at the peak
     seconds: float = 0.0
+    note: str = ""  # what was asked of the compiler beyond the usual
+
+    @property
+    def largest(self) -> list[tuple[int, str]]:
+        """(bytes, shape, place in the model, purpose) of the largest temporaries at the peak."""
+        return [(b.bytes, b.text) for b in self.buffers[:_LARGEST]]
+
+    @property
+    def temporaries(self) -> dict[str, int]:
+        """Bytes at the peak by purpose, the largest first."""
+        kinds: dict[str, int] = {}
+        for buffer in self.buffers:
+            kinds[buffer.kind] = kinds.get(buffer.kind, 0) + buffer.bytes
+        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
 
 
 def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
@@ -70,7 +89,7 @@ def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
 def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     """Compiles the train step for the topology; a step that does not fit is an answer, no error.
 
-    Raises ValueError for a mesh or batch that does not divide.
+    Raises ValueError for a mesh or batch that does not divide, and for a fault of the compiler.
     """
     mesh = sharding.make_mesh(experiment.mesh, topology.devices())
     program = build(experiment, mesh)  # before the mesh is set: it computes a few constants
@@ -79,24 +98,68 @@ def compile_step(experiment: Experiment, topology: Topology) -> Compiled:
     with jax.set_mesh(mesh):
         lowered = program.lower(batch)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        try:
-            compiled = lowered.compile(compiler_options=options)
-        except jax.errors.JaxRuntimeError as error:
-            too_large = _TOO_LARGE.search(str(error))
-            if too_large is None:
-                raise
-            temporaries = round(_size(too_large[1], too_large[2]))
-            memory = _memory(program, batch, temporaries, 0)
-            return Compiled(False, memory, None, _largest(folder), time.perf_counter() - began)
-        seconds = time.perf_counter() - began
-        stats = compiled.memory_analysis()
-        assert stats is not None
-        memory = _memory(
-            program, batch, stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
+        compiled, too_large, note = _compile(lowered, folder)
+        module = Module(_optimised(folder))
+        totals = compiled and hlo.totals(module, dict(mesh.shape), _rates(mesh, topology))
+        return Compiled(
+            fits=compiled is not None,
+            memory=_memory(program, batch, compiled, too_large),
+            totals=totals,
+            buffers=at_peak(folder, module),
+            seconds=time.perf_counter() - began,
+            note=note,
         )
-        totals = hlo.totals(_optimised(folder), dict(mesh.shape))
-        return Compiled(True, memory, totals, _largest(folder), seconds)
+
+
+def _compile(lowered: Any, folder: str) -> tuple[Any, int, str]:
+    """(the program or None, bytes of temporaries where they exceed the memory, flags it took).
+
+    The compiler's reports are left in the folder. Where it fails of itself in a way that is known,
+    it is asked once more for a plainer program. ValueError where that does not help.
+    """
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    for plainer in ({}, PLAINER):
+        try:
+            return lowered.compile(compiler_options=dump | plainer), 0, _flags(plainer)
+        except jax.errors.JaxRuntimeError as error:
+            if too_large := _TOO_LARGE.search(str(error)):
+                return None, round(_size(too_large[1], too_large[2])), _flags(plainer)
+            if plainer or _CRASH not in str(error):
+                raise ValueError(_fault(str(error), tried=bool(plainer))) from error
+        for file in Path(folder).glob("*.txt"):
+            file.unlink()
+    raise AssertionError
+
+
+def _fault(message: str, tried: bool) -> str:
+    """What to tell someone whose config the compiler itself fails on."""
+    first = message.strip().splitlines()[0][:200]
+    flags = f"{_flags(PLAINER)} {'was tried' if tried else 'is worth a try'}"
+    return (
+        f"the TPU compiler (libtpu) failed on this program: {first}; that is a fault of the "
+        "compiler, not of the config. What gets around such faults: another mesh, batch_size or "
+        "remat for this step, another version of libtpu, or XLA flags in the environment as "
+        f"LIBTPU_INIT_ARGS ({flags})"
+    )
+
+
+def _flags(options: dict[str, str]) -> str:
+    return " ".join(f"--{name}={value}" for name, value in options.items())
+
+
+def _rates(mesh: Any, topology: Topology) -> Rates:
+    """Of one device of the topology, its slice's places in the order of the mesh."""
+    chip = topology.chip
+    first = mesh.devices.reshape(-1)[: mesh.size // topology.slices]
+    return Rates(
+        flops=chip.flops / chip.devices,
+        hbm=chip.hbm_bandwidth / chip.devices,
+        ici=chip.ici_bandwidth / chip.devices,
+        dcn=chip.dcn_bandwidth / chip.devices,
+        places=tuple(tuple(d.coords[: chip.dimensions]) for d in first),
+        shape=topology.shape,
+        wraps=chip.wraps,
+    )
 
 
 def model_flops(experiment: Experiment) -> float:
@@ -125,17 +188,19 @@ def model_flops(experiment: Experiment) -> float:
     return row * experiment.data.batch_size
 
 
-def _memory(program: Program, batch: Batch, temporaries: int, code: int) -> Memory:
+def _memory(program: Program, batch: Batch, compiled: Any, too_large: int) -> Memory:
     state: TrainState = program.abstract
+    stats = compiled and compiled.memory_analysis()
     held = {
         "params": _local(state.params),
         "frozen": _local(state.frozen),
         "moments": _local(state.opt_state),
         "batch": _local(batch),
-        "temporaries": temporaries,
-        "code": code,
+        "temporaries": stats.temp_size_in_bytes if stats else too_large,
+        "code": stats.generated_code_size_in_bytes if stats else 0,
     }
-    return Memory(**held, peak=sum(held.values()))
+    peak = stats.peak_memory_in_bytes if stats else 0
+    return Memory(**held, peak=peak or sum(held.values()))
 
 
 def _local(tree: Any) -> int:
@@ -152,20 +217,6 @@ def _optimised(folder: str) -> str:
     """The text of the program; `as_text` fails on some programs with asynchronous collectives."""
     files = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda f: f.stat().st_size)
     return files[-1].read_text()
-
-
-def _largest(folder: str) -> list[tuple[int, str]]:
-    """The largest buffers in the chip's main memory, from the compiler's own report."""
-    reports = sorted(Path(folder).glob("*memory-usage-report.txt"), key=lambda f: f.stat().st_size)
-    if not reports:
-        return []
-    main_memory = reports[-1].read_text().partition("Memory Space: vmem")[0]
-    rows = {
-        (round(_size(found[1], found[2])), found[3])
-        for line in main_memory.splitlines()
-        if (found := _BUFFER.match(line))
-    }
-    return sorted(rows, reverse=True)[:_LARGEST]
 
 
 def _size(number: str, unit: str | None) -> float:

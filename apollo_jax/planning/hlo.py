@@ -49,15 +49,14 @@ class Totals:
     seconds: float = 0.0  # with what is waited for
 
 
-def totals(text: str, mesh: dict[str, int], rates: Rates = NOMINAL) -> Totals:
+def totals(text: str | Module, mesh: dict[str, int], rates: Rates = NOMINAL) -> Totals:
     """Sums over a run of the program; `mesh` is axis -> size in the order of the devices.
 
     Several slices are laid along the first axis. ValueError if the text holds no HLO module.
     """
-    module = Module(text)
+    module = Module(text) if isinstance(text, str) else text
     devices = math.prod(mesh.values())
-    partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
-    slices = devices // int(partitions[1]) if partitions else 1
+    slices = devices // (module.devices or devices)
     first = next(iter(mesh))
     player = _Player(module, mesh | {first: mesh[first] // slices}, slices, rates)
     player.run(module.entry, 1.0)

@@ -44,6 +44,8 @@ class Module:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
+        partitions = re.search(r"num_partitions=(\d+)", text[: text.find("\n")])
+        self.devices = int(partitions[1]) if partitions else None  # of one slice
         self._tables: dict[str, list[str]] = {name: [] for name in _TABLES}
         table: list[str] | None = None
         computation: dict[str, Instruction] = {}

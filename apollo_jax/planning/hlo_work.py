@@ -12,6 +12,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 from apollo_jax.planning.hlo_module import Instruction, Module, main_memory_size, shapes, size
 
 # Products of an attention kernel: two forward; backward it makes the scores again.
@@ -174,14 +176,17 @@ def _window(attributes: str, n: int) -> tuple[int, int, int, int]:
 
 
 def _positions(size: int, kernel: int, out: int, window: tuple[int, int, int, int]) -> int:
+    """Pairs of a kernel's and an output's place that meet an element of the input."""
     stride, low, into, dilation = window
-    length, count = (size - 1) * into + 1, 0
-    for k in range(kernel):
-        at = k * dilation - low
-        count += sum(
-            0 <= at + o * stride < length and (at + o * stride) % into == 0 for o in range(out)
-        )
-    return count
+    length = (size - 1) * into + 1
+    at = np.arange(kernel) * dilation - low
+    first, last = np.maximum(0, -(at // stride)), np.minimum(out - 1, (length - 1 - at) // stride)
+    # elements lie `into` apart: stride * output = -at modulo `into`, an output in every `period`
+    common = math.gcd(stride, into)
+    period = into // common
+    rest = -at // common * pow(stride // common, -1, period) % period
+    inside = (last - rest) // period - (first - 1 - rest) // period
+    return int(inside[(at % common == 0) & (last >= first)].sum())
 
 
 def _kernel(i: Instruction) -> float | None:

@@ -11,21 +11,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from apollo_jax import sharding
 from apollo_jax.config import Experiment, load, parse_overrides
-from apollo_jax.planning import fit_book, search
-from apollo_jax.planning.ahead_of_time import Compiled, compile_step, model_flops
+from apollo_jax.planning import advice, diff, fit_book, report_page, search
+from apollo_jax.planning.ahead_of_time import (
+    Compiled,
+    abstract_batch,
+    compile_step,
+    model_flops,
+)
+from apollo_jax.planning.show import show
 from apollo_jax.planning.topology import SLICES, Topology, parse, use_compiler_only
 from apollo_jax.training import checks
+from data_pipeline.frame_shard_writer import write_atomic
 
-_GIB = 2**30
+SAMPLES_PER_STEP = 256  # of the published recipe: its stages last samples // 256 steps
+# Frames that a CPU-second of the data pipeline gives, the slowest of docs/data.md's table.
+FRAMES_PER_CPU_SECOND = {"yuv420": 3900, "rgb": 2400}
 ASSUMPTIONS = (
-    "chips' published peak rates, no time for anything else",
-    "exchanges that the compiler starts ahead of use are hidden behind computation",
-    "every batch is full",
+    "chips at their published peak rates, nothing slower",
+    "an instruction takes as long as its FLOPs or its traffic in main memory, whichever is longer; "
+    "traffic is its operands and results there, each moved once",
+    "an exchange uses the links of the torus dimensions that its group spans; it hides behind what "
+    "the compiler's schedule runs between its start and its end",
+    "every batch is full; loading, checkpoints and evaluation take no time",
 )
 
 
@@ -41,6 +54,9 @@ class Plan:
     rows: int
     tokens: int  # per step, all chips
     frames: int
+    config: Experiment
+    price: float = 0.0  # USD per chip and hour; 0 = not asked
+    input_bytes: int = 0  # of a step's batch, all chips
 
     @property
     def executed_flops(self) -> float:
@@ -53,64 +69,124 @@ class Plan:
         return self.executed_flops / self.topology.chip.flops
 
     @property
+    def memory_seconds(self) -> float:
+        """Of all traffic in main memory."""
+        assert self.compiled.totals is not None
+        chip = self.topology.chip
+        return self.compiled.totals.hbm_bytes * chip.devices / chip.hbm_bandwidth
+
+    @property
     def exchange_seconds(self) -> tuple[float, float]:
         """Of all exchanges, and of those that computation waits for."""
         assert self.compiled.totals is not None
-        chip = self.topology.chip
-        everything = sum(c.bytes for c in self.compiled.totals.collectives) * chip.devices
-        hidden = sum(c.asynchronous for c in self.compiled.totals.collectives) * chip.devices
-        return everything / chip.ici_bandwidth, (everything - hidden) / chip.ici_bandwidth
+        found = self.compiled.totals.collectives
+        return sum(c.seconds for c in found), sum(c.waited_seconds for c in found)
 
     @property
     def step_seconds(self) -> float:
-        """A lower bound: computation and what it waits for, or all exchanges if longer."""
-        everything, exposed = self.exchange_seconds
-        return max(self.compute_seconds + exposed, everything)
+        """A lower bound: the schedule played at peak rates, or all traffic if longer."""
+        assert self.compiled.totals is not None
+        return max(self.compiled.totals.seconds, self.memory_seconds)
 
     def facts(self) -> dict[str, Any]:
         """Everything as JSON has it."""
-        memory = asdict(self.compiled.memory)
+        chip = self.topology.chip
         facts: dict[str, Any] = {
             "experiment": self.experiment,
             "topology": self.topology.name,
             "chips": self.topology.chips,
             "mesh": self.mesh,
             "fits": self.compiled.fits,
-            "hbm_bytes": self.topology.chip.hbm / self.topology.chip.devices,
-            "memory": memory,
+            "hbm_bytes": chip.hbm / chip.devices,
+            "memory": asdict(self.compiled.memory),
+            "temporaries_at_peak": self.compiled.temporaries,
             "largest": self.compiled.largest,
             "compile_seconds": self.compiled.seconds,
-            "batch": {"rows": self.rows, "tokens": self.tokens, "frames": self.frames},
+            "compiler_flags": self.compiled.note,
+            "batch": {
+                "rows": self.rows,
+                "tokens": self.tokens,
+                "frames": self.frames,
+                "bytes": self.input_bytes,
+            },
             "model_flops": self.needed_flops,
+            "config": asdict(self.config),
+            "advice": advice.lines(self.compiled, self.config, self.topology, self.mesh),
         }
         if self.compiled.totals is None:
             return facts
+        totals = self.compiled.totals
+        return (
+            facts
+            | {
+                "executed_flops": self.executed_flops,
+                "kernel_flops": totals.kernel_flops * chip.devices,
+                "kernels_not_counted": sorted(totals.unknown_kernels),
+                "hbm_bytes_moved": totals.hbm_bytes,
+                "collectives": [asdict(c) for c in totals.collectives],
+                "bound": self._bound(),
+                "input": self._input(),
+            }
+            | ({"cost": self._cost()} if self.price else {})
+        )
+
+    def _bound(self) -> dict[str, Any]:
+        assert self.compiled.totals is not None
         everything, exposed = self.exchange_seconds
         step = self.step_seconds
-        return facts | {
-            "executed_flops": self.executed_flops,
-            "kernel_flops": self.compiled.totals.kernel_flops * self.topology.chip.devices,
-            "kernels_not_counted": sorted(self.compiled.totals.unknown_kernels),
-            "collectives": [asdict(c) for c in self.compiled.totals.collectives],
-            "bound": {
-                "compute_seconds": self.compute_seconds,
-                "exchange_seconds": everything,
-                "exposed_exchange_seconds": exposed,
-                "step_seconds": step,
-                "mfu_ceiling": self.needed_flops / self.topology.chip.flops / step,
-                "tokens_per_second": self.tokens / step,
-                "frames_per_second": self.frames / step,
-                "frames_per_second_per_host": self.frames / step / self.topology.hosts,
-                "assumptions": ASSUMPTIONS,
-            },
+        return {
+            "compute_seconds": self.compute_seconds,
+            "memory_seconds": self.memory_seconds,
+            "work_seconds": self.compiled.totals.work_seconds,
+            "exchange_seconds": everything,
+            "exposed_exchange_seconds": exposed,
+            "dcn_seconds": sum(
+                c.seconds for c in self.compiled.totals.collectives if c.network == "dcn"
+            ),
+            "step_seconds": step,
+            "mfu_ceiling": self.needed_flops / self.topology.chip.flops / step,
+            "remat_overhead": self.executed_flops / self.needed_flops,
+            "tokens_per_second": self.tokens / step,
+            "frames_per_second": self.frames / step,
+            "frames_per_second_per_host": self.frames / step / self.topology.hosts,
+            "assumptions": ASSUMPTIONS,
+        }
+
+    def _input(self) -> dict[str, float]:
+        """What each host must load for the bound to be met, and the cores that it takes."""
+        step, hosts = self.step_seconds, self.topology.hosts
+        rate = FRAMES_PER_CPU_SECOND[self.config.data.layout]
+        return {
+            "frames_per_second_per_host": self.frames / step / hosts,
+            "bytes_per_second_per_host": self.input_bytes / step / hosts,
+            "frames_per_cpu_second": rate,
+            "cores_per_host": self.frames / step / hosts / rate,
+            "host_cpus": self.topology.chip.host_cpus,
+        }
+
+    def _cost(self) -> dict[str, float]:
+        """USD at the bound. A step is 256 samples: the published recipe's, however it is packed."""
+        step = self.step_seconds / 3600 * self.topology.chips * self.price
+        return {
+            "usd_per_chip_hour": self.price,
+            "usd_per_step": step,
+            "usd_per_million_rows": step / self.rows * 1e6,
+            "usd_per_billion_tokens": step / self.tokens * 1e9,
+            "samples_per_step": SAMPLES_PER_STEP,
+            "usd_per_million_samples": step / SAMPLES_PER_STEP * 1e6,
+            "usd_of_the_run": step * self.config.train.num_steps,
         }
 
 
-def plan(experiment: Experiment, topology: Topology) -> Plan:
-    """Compiles the experiment for the topology. ValueError for a mesh that does not divide."""
+def plan(experiment: Experiment, topology: Topology, price: float = 0.0) -> Plan:
+    """Compiles the experiment for the topology; `price` in USD per chip and hour.
+
+    ValueError for a mesh that does not divide, and where the compiler itself fails.
+    """
     mesh = sharding.make_mesh(experiment.mesh, topology.devices())
     data = experiment.data
     checks.layout(experiment, mesh.shape)
+    shapes = jax.tree.leaves(abstract_batch(experiment, mesh))
     return Plan(
         experiment=experiment.name,
         topology=topology,
@@ -120,67 +196,21 @@ def plan(experiment: Experiment, topology: Topology) -> Plan:
         rows=data.batch_size,
         tokens=data.batch_size * data.length,
         frames=data.batch_size * data.clips * data.frames_per_clip,
-    )
-
-
-def show(console: Console, plan: Plan) -> None:
-    """Prints the plan."""
-    chip, memory = plan.topology.chip, plan.compiled.memory
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    console.print(
-        f"[bold]{plan.experiment}[/] on {plan.topology.name}: {plan.topology.chips} chips, {mesh}"
-    )
-    hbm = chip.hbm / chip.devices
-    table = Table("memory per device", "GiB", "of its HBM")
-    for name, value in asdict(memory).items():
-        if name == "peak":
-            table.add_section()
-        table.add_row(name, f"{value / _GIB:.2f}", f"{value / hbm:.0%}")
-    console.print(table)
-    for size, shape in plan.compiled.largest[:4]:
-        console.print(f"  {size / _GIB:6.2f} GiB  {shape}", highlight=False)
-    if not plan.compiled.fits:
-        console.print(f"[red]does not fit[/] into {hbm / _GIB:.2f} GiB. {_advice(plan)}")
-        return
-    facts = plan.facts()
-    bound = facts["bound"]
-    remat = plan.executed_flops / plan.needed_flops
-    console.print(
-        f"needed {plan.needed_flops / 1e12:.1f} TFLOP per chip and step, executed "
-        f"{plan.executed_flops / 1e12:.1f} ({remat:.2f}x: recomputation and padding)"
-    )
-    exchanges = Table("exchange", "along", "times", "GiB sent", "beside computation")
-    for c in plan.compiled.totals.collectives if plan.compiled.totals else ():
-        share = f"{c.asynchronous / c.bytes:.0%}" if c.bytes else "-"
-        along = ", ".join(c.axes) or "-"
-        exchanges.add_row(c.kind, along, f"{c.count:.0f}", f"{c.bytes / _GIB:.3f}", share)
-    console.print(exchanges)
-    console.print(
-        f"step >= {bound['step_seconds']:.3f} s (computation {bound['compute_seconds']:.3f}, "
-        f"exchanges {bound['exchange_seconds']:.3f}, of which waited for "
-        f"{bound['exposed_exchange_seconds']:.3f}): at most {bound['mfu_ceiling']:.0%} MFU, "
-        f"{bound['tokens_per_second']:,.0f} tokens/s, {bound['frames_per_second']:,.0f} frames/s "
-        f"({bound['frames_per_second_per_host']:,.0f} from each host)"
-    )
-    console.print(f"[dim]assumed: {'; '.join(ASSUMPTIONS)}[/]")
-
-
-def _advice(plan: Plan) -> str:
-    memory = plan.compiled.memory
-    if memory.resident > 0.7 * plan.topology.chip.hbm / plan.topology.chip.devices:
-        return "Most of it are weights and moments: more chips on mesh.fsdp, or train less of it."
-    return (
-        "Most of it are temporaries: fewer data.clips or a shorter data.length per row, fewer rows "
-        "per chip (data.batch_size), train.remat=full, or a smaller train.loss_chunk."
+        config=experiment,
+        price=price,
+        input_bytes=sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in shapes),
     )
 
 
 def main(argv: list[str]) -> None:
-    """Compile a recipe for a TPU slice, on this machine, and say what it needs."""
-    if argv[:1] == ["search"]:
-        return search.main(argv[1:])
-    if argv[:1] == ["book"]:
-        return fit_book.main(argv[1:])
+    """Compile a recipe for a TPU slice, on this machine, and say what it needs.
+
+    `plan diff A.json B.json` says what changed between two plans, `plan search` tries other layouts
+    of a recipe, and `plan book` compiles all shipped ones.
+    """
+    commands = {"diff": diff.main, "search": search.main, "book": fit_book.main}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         "apollo-jax plan",
         description=main.__doc__,
@@ -190,13 +220,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--topology", required=True, help=f"CHIP:AxB[xC], N*CHIP:AxB, or {', '.join(SLICES)}"
     )
+    parser.add_argument("--price", type=float, default=0.0, help="USD per chip and hour")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page about it")
     args, rest = parser.parse_known_args(argv)
     use_compiler_only()
-    experiment = load(args.config, parse_overrides(rest))
-    made = plan(experiment, parse(args.topology))
-    show(Console(), made)
+    experiment, topology = load(args.config, parse_overrides(rest)), parse(args.topology)
+    facts = plan(experiment, topology, args.price).facts()
+    show(Console(), facts)
     if args.json:
-        args.json.write_text(json.dumps(made.facts(), indent=1) + "\n")
-    if not made.compiled.fits:
+        write_atomic(args.json, (json.dumps(facts, indent=1) + "\n").encode())
+    if args.html:
+        chip = topology.chip
+        peaks = {
+            "flops": chip.flops / chip.devices,
+            "hbm_bandwidth": chip.hbm_bandwidth / chip.devices,
+        }
+        write_atomic(args.html, report_page.page(facts, peaks).encode())
+    if not facts["fits"]:
         raise SystemExit(1)

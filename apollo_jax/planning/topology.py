@@ -33,8 +33,11 @@ class Chip:
     flops: float  # bf16, dense
     hbm_bandwidth: float
     ici_bandwidth: float  # all links together, one way
+    dcn_bandwidth: float  # its part of its machine's network
     dimensions: int  # of a slice
-    host_chips: int  # chips of one machine in a large slice
+    wraps: int  # a dimension of so many chips closes to a ring
+    host_cpus: int  # virtual, of a machine with four chips
+    host_chips: int = 4  # chips of one machine in a large slice
     devices: int = 1
 
 
@@ -42,10 +45,10 @@ _GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, 2, 4),
-        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 600e9, 3, 4),
-        Chip("v6e", 31.25 * _GIB, 918e12, 1640e9, 448e9, 2, 4),
-        Chip("tpu7x", 189.5 * _GIB, 2307e12, 7380e9, 1200e9, 3, 4, devices=2),
+        Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 200e9, 3.125e9, 2, 16, 112),
+        Chip("v5p", 95.74 * _GIB, 459e12, 2765e9, 600e9, 6.25e9, 3, 4, 208),
+        Chip("v6e", 31.25 * _GIB, 918e12, 1640e9, 400e9, 12.5e9, 2, 16, 180),
+        Chip("tpu7x", 189.5 * _GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, 4, 224, devices=2),
     )
 }
 # Slices by the names under which they are rented: v5p counts cores, two to a chip.
@@ -96,7 +99,7 @@ class Topology:
                 platform="tpu", topology_name=f"{self.chip.name}:{_by(self.shape)}", **kw
             )
         except Exception as error:  # whatever libtpu raises, jax wraps it in its own way
-            if "libtpu" in str(error).lower() and "not" in str(error).lower():
+            if "not installed" in str(error) or "libtpu" in str(error).lower():
                 raise ValueError(
                     "compiling for TPUs needs the libtpu package: pip install 'apollo-jax[tpu]'"
                 ) from error
