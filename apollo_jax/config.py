@@ -25,6 +25,7 @@ REQUIRED = "REQUIRED"  # a path that a config file leaves to its user
 
 T = TypeVar("T")
 DType = Literal["float32", "bfloat16"]
+Remat = Literal["none", "dots", "save_qkv", "save_attention", "full", "offload", "nested"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class TrainConfig:
     dtype: DType = "bfloat16"  # of the computation
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"  # what the backward pass keeps of each layer, see models/layers.py: fold
     loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
     log_every: int = 10
     checkpoint_every: int = 500

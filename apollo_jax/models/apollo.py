@@ -160,7 +160,7 @@ class Apollo(nnx.Module):
             name: pixels.prepare(frames, geometry, tower.frame_spec)
             for name, tower in self.config.towers.items()
         }
-        visual = self.connector(self.vision_tower(prepared, remat=remat))
+        visual = self.connector(self.vision_tower(prepared, remat=remat), remat=remat)
         return constrain(visual, "clips", None, None)
 
     def splice(

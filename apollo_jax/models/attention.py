@@ -15,13 +15,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax import sharding
 from apollo_jax.models.ring_attention import ring_attention
-from apollo_jax.models.splash_attention import splash_attention
+from apollo_jax.models.splash_attention import SAVED, splash_attention
 
-SMALLEST_FOR_SPLASH = 256  # below so many queries the scores are small and padding costs more
+SMALLEST_FOR_SPLASH = 256 * 256  # scores of a head; fewer are small, and padding costs more
 
 
 class Causal(NamedTuple):
@@ -57,6 +58,7 @@ def attention(
         nowhere gets a uniform average), or None: everywhere.
       axes: logical axes of B and of the heads, see `sharding.RULES`.
     """
+    q, k, v = checkpoint_name((q, k, v), "qkv")  # to remat policies, see layers.py
     if isinstance(mask, Causal) and axes[0] == "batch" and sharding.ways("length") > 1:
         return _across_context(q, k, v, mask, axes)
     k, v = _for_each_device(q, k, v, axes[1])
@@ -65,7 +67,8 @@ def attention(
 
 def _within_device(q: Array, k: Array, v: Array, mask: Any, axes: tuple[str, str | None]) -> Array:
     dense = isinstance(mask, jax.Array)
-    if not dense and sharding.platform() == "tpu" and q.shape[1] >= SMALLEST_FOR_SPLASH:
+    scores = q.shape[1] * k.shape[1]
+    if not dense and sharding.platform() == "tpu" and scores >= SMALLEST_FOR_SPLASH:
         segments = mask.segment_ids if isinstance(mask, Causal) else None
         return splash_attention(q, k, v, segments, causal=mask is not None, axes=axes)
     if sharding.platform() == "gpu" and q.dtype.itemsize == 2 and q.shape[3] % 8 == 0:
@@ -139,4 +142,4 @@ def xla_attention(
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgls,bskh->blkgh", weights, v)
-    return out.reshape(b, length, n, h)
+    return checkpoint_name(out.reshape(b, length, n, h), SAVED)

@@ -180,10 +180,10 @@ class Perceiver(nnx.Module):
         )
         self.norm = WeightedNorm(c.text_hidden_size, rngs=rngs, **kw)
 
-    def __call__(self, x: Float[Array, "N S D"]) -> Float[Array, "N Q D"]:
+    def __call__(self, x: Float[Array, "N S D"], *, remat: str = "none") -> Float[Array, "N Q D"]:
         latents = self.latents[...].astype(self.dtype)
         z = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
-        z, _ = layers.fold(self.layers, z, x)
+        z, _ = layers.fold(self.layers, z, x, remat=remat)
         return self.norm(z)
 
 
@@ -227,10 +227,12 @@ class Connector(nnx.Module):
         self.resampler = Perceiver(c, **kw) if c.resampler_type == "perciver" else None
         self.pooled_side = c.pooled_side if c.resampler_type == "avg" else 0
 
-    def __call__(self, features: Float[Array, "N S V"]) -> Float[Array, "N Q D"]:
+    def __call__(
+        self, features: Float[Array, "N S V"], *, remat: str = "none"
+    ) -> Float[Array, "N Q D"]:
         n = features.shape[0]
         x = features.astype(self.dtype).reshape(n, *self.grid, -1)
         x = constrain(self.proj(x), "clips", None, None, None, None)
         if self.resampler is None:
             return average_pool(x, self.pooled_side)
-        return self.resampler(x.reshape(n, -1, x.shape[-1]))
+        return self.resampler(x.reshape(n, -1, x.shape[-1]), remat=remat)

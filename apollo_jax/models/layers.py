@@ -4,12 +4,15 @@
 B batch, L positions, D stream.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from apollo_jax import sharding
@@ -19,10 +22,26 @@ Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 M = TypeVar("M", bound=nnx.Module)
 LECUN = jax.nn.initializers.lecun_normal()
 SHALLOW = 4  # layers that compile as fast without a loop, and run faster
+
+_policies = jax.checkpoint_policies
+# What the backward pass keeps of each layer; the rest it computes again. The names stand in `fold`
+# (the input) and in models/attention.py. Least memory last; what they cost: docs in `fold`.
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names("attention"),
+    ),
+    "save_qkv": _policies.save_only_these_names("qkv", "attention"),
+    "save_attention": _policies.save_only_these_names("attention"),
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "nested": _policies.nothing_saveable,
 }
 
 
@@ -135,7 +154,11 @@ def fold(
       per_layer: pytree of arrays with a leading `layers` axis, one slice for each layer.
       axes: logical axes of x between layers; without them parameters that are cut along `embed`
         would have the compiler cut x likewise, and back, in every layer.
-      remat: what the backward pass keeps, a name in REMAT_POLICIES.
+      remat: what the backward pass keeps, a name in REMAT_POLICIES: "none" everything; "dots" the
+        results of all products; "save_qkv" queries, keys, values and what attention gives;
+        "save_attention" the latter alone; "full" each layer's input; "offload" that in the host's
+        memory; "nested" the inputs of every so many layers, about the root of the depth, which
+        costs another forward pass.
       unroll: layers per loop iteration; default one, but all of a stack of at most SHALLOW.
     Returns the last x and the stacked y.
     """
@@ -146,11 +169,24 @@ def fold(
 
     def body(x: Array, inputs: tuple) -> tuple[Array, Any]:
         layer_state, extra = inputs
+        x = checkpoint_name(x, "layer_input")
         x, y = nnx.merge(graphdef, layer_state)(x, *args, *extra)
         return sharding.constrain(x, *names), y
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     depth = jax.tree.leaves(state)[0].shape[0]
     unroll = unroll or (depth if depth <= SHALLOW else 1)
-    return jax.lax.scan(body, sharding.constrain(x, *names), (state, per_layer), unroll=unroll)
+    # Within a loop nothing is shared between the passes anyway; outside of one the compiler would
+    # find what is computed twice, and keep it.
+    keep = partial(jax.checkpoint, policy=REMAT_POLICIES[remat], prevent_cse=unroll >= depth)
+    if remat != "none":
+        body = keep(body)
+    x = sharding.constrain(x, *names)
+    run = partial(jax.lax.scan, body, unroll=unroll)
+    if remat != "nested":
+        return run(x, (state, per_layer))
+    groups = next(n for n in range(math.isqrt(depth), 0, -1) if depth % n == 0)
+    grouped = jax.tree.map(
+        lambda a: a.reshape(groups, depth // groups, *a.shape[1:]), (state, per_layer)
+    )
+    x, y = jax.lax.scan(keep(run), x, grouped)
+    return x, jax.tree.map(lambda a: a.reshape(depth, *a.shape[2:]), y)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
 from apollo_jax import sharding
@@ -108,7 +109,7 @@ def _ring_forward(
     out, denominator = forward(q, k, v, segments, segments, True)
     total = (out.astype(jnp.float32), denominator)
     _, (out, denominator) = jax.lax.fori_loop(1, ways, turn, (following, total))
-    out = out.astype(q.dtype)
+    out, denominator = checkpoint_name((out.astype(q.dtype), denominator), splash.SAVED)
     return out, (q, k, v, segments, out, denominator)
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from apollo_jax import sharding
 
 LANES = 128  # of a TPU's vector unit
+SAVED = "attention"  # by this name remat policies keep what attention gives, see layers.py
 LARGEST_BLOCK = 1024  # 2048 overflows the vector memory of a v5p
 
 
@@ -123,6 +124,7 @@ def kernel(
         head_shards=1,
         q_seq_shards=1,
         save_residuals=residuals,
+        residual_checkpoint_name=None if residuals else SAVED,
         interpret=interpret,
     )
 
