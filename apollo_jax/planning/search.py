@@ -9,14 +9,12 @@ time bound and peak memory, and ends when all neighbours of these have been look
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +26,6 @@ from apollo_jax.training import checks
 from apollo_jax.training.step import build
 
 _GIB = 2**30
-_ON_CHIP = (None, "device", "unpinned_host")  # the last is what a CPU calls its own
 REMATS: tuple[str, ...] = get_args(get_type_hints(TrainConfig)["remat"])
 
 console = Console(highlight=False, soft_wrap=True)
@@ -122,21 +119,8 @@ class Arithmetic:
         self.divisors = checks.weight_divisors(experiment)
         self.hbm = topology.chip.hbm / topology.chip.devices
         one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-        abstract = build(experiment, one).abstract
-        clipped = experiment.optimizer.clip_norm > 0  # needs all gradients at once
-        held = abstract.params, abstract.frozen, abstract.opt_state, clipped and abstract.params
-        self._bytes: dict[tuple[str, ...], int] = {}  # by the mesh axes that cut them
-        for leaf in jax.tree.leaves(held):
-            if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind in _ON_CHIP:
-                cut = [np.atleast_1d(part).tolist() for part in leaf.sharding.spec if part]
-                axes = tuple(axis for part in cut for axis in part)
-                size = math.prod(leaf.shape) * leaf.dtype.itemsize
-                self._bytes[axes] = self._bytes.get(axes, 0) + size
-
-    def state_bytes(self, layout: Layout) -> float:
-        """Of weights, moments and gradients on one device: the least that a step needs."""
-        ways = layout.sizes
-        return sum(n / math.prod(ways[a] for a in axes) for axes, n in self._bytes.items())
+        clipped = experiment.optimizer.clip_norm > 0
+        self.held = checks.held_bytes(build(experiment, one).abstract, gradients=clipped)
 
     def refusal(self, layout: Layout) -> Outcome | None:
         """Why the layout cannot run, if that can be said."""
@@ -154,7 +138,7 @@ class Arithmetic:
             return Outcome(
                 layout, refused=why or f"mesh data={rows} does not divide {slices} slices"
             )
-        needed = self.state_bytes(layout)
+        needed = checks.on_device(self.held, layout.sizes)
         if needed > self.hbm:
             what = "weights, moments and gradients alone"
             return Outcome(layout, peak=needed, refused=_too_large(needed, self.hbm, what))

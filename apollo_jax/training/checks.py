@@ -11,9 +11,11 @@ import jax
 from apollo_jax import meshes, sharding
 from apollo_jax.checkpoints import run
 from apollo_jax.config import Experiment, differences, unset_paths
-from apollo_jax.training.state import abstract_model
+from apollo_jax.training.state import TrainState, abstract_model
 from data_pipeline.tokenizer import Tokenizer
 
+GIB = 2**30
+_ON_CHIP = (None, "device", "unpinned_host")  # the last is what a CPU calls its own
 # What may differ between a run and its continuation (the loader checks the data themselves).
 FREE = (
     "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
@@ -125,3 +127,52 @@ def weight_divisors(experiment: Experiment) -> dict[str, int]:
             if axis is not None:
                 found[axis] = math.gcd(found.get(axis, 0), size)
     return found
+
+
+def memory(
+    experiment: Experiment, state: TrainState, mesh: Mapping[str, int], limit: float | None = None
+) -> None:
+    """ValueError if weights, moments and gradients alone exceed a device, with what would do.
+
+    Args:
+      state: shapes and shardings.
+      limit: bytes of a device; default what this process's first device says, if it does.
+    """
+    if limit is None:
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    held = held_bytes(state, gradients=experiment.optimizer.clip_norm > 0)
+    needed = on_device(held, mesh)
+    if limit is None or needed <= limit:
+        return
+    divisors = weight_divisors(experiment)
+    every = meshes.every(math.prod(mesh.values()), list(mesh))
+    works = [
+        m
+        for m in every
+        if on_device(held, m) <= limit and not any(refusals(experiment, m, divisors))
+    ]
+    near = meshes.listed(meshes.nearest(mesh, works))
+    raise ValueError(
+        f"weights, moments and gradients take {needed / GIB:.2f} GiB on each device of mesh "
+        f"{meshes.text(mesh)}, which has {limit / GIB:.2f}; "
+        + (f"nearest that work: mesh {near}" if near else "no mesh over them works: train less")
+    )
+
+
+def held_bytes(state: TrainState, gradients: bool) -> dict[tuple[str, ...], int]:
+    """Bytes in the chips' memory by the mesh axes that cut them, all chips together.
+
+    `gradients`: with those of all that trains, as a clip by their norm needs them at once.
+    """
+    found: dict[tuple[str, ...], int] = {}
+    for leaf in jax.tree.leaves((state, gradients and state.params)):
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind in _ON_CHIP:
+            cut = [part if isinstance(part, tuple) else (part,) for part in leaf.sharding.spec]
+            axes = tuple(axis for part in cut for axis in part if axis)
+            found[axes] = found.get(axes, 0) + math.prod(leaf.shape) * leaf.dtype.itemsize
+    return found
+
+
+def on_device(held: Mapping[tuple[str, ...], int], mesh: Mapping[str, int]) -> float:
+    """Of `held_bytes` what one device of a mesh has."""
+    return sum(n / math.prod(mesh[axis] for axis in axes) for axes, n in held.items())

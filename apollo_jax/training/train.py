@@ -82,6 +82,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
+        checks.memory(experiment, program.abstract, mesh.shape)
         shapes = {**program.abstract.params, **program.abstract.frozen}
         console.print(stages.start_up_table(shapes, experiment.optimizer.learning_rates))
         step, state, data = _start(experiment, workdir if begun else None, program)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layouts that cannot run are refused with the nearest that can."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from apollo_jax import sharding
 from apollo_jax.config import load
 from apollo_jax.training import checks
+from apollo_jax.training.step import build
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -69,3 +72,28 @@ def test_what_is_proposed_can_run(sft):
 
 def replace_rows(experiment, rows):
     return replace(experiment, data=replace(experiment.data, batch_size=rows))
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load(f"{CONFIGS}/demo.py:sft")
+
+
+def test_held_bytes_are_those_of_the_abstract_state(demo):
+    devices = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+    state = build(demo, devices).abstract
+    leaves = [*jax.tree.leaves(state), *state.params.values()]
+    sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
+    held = checks.held_bytes(state, gradients=True)
+    assert checks.on_device(held, devices.shape) == sum(sizes)
+
+
+def test_what_cannot_fit_is_refused_with_what_does(demo):
+    sizes = mesh(data=8)
+    state = build(demo, sharding.make_mesh(sharding.MeshConfig())).abstract
+    needed = checks.on_device(checks.held_bytes(state, gradients=True), sizes)
+    checks.memory(demo, state, sizes, limit=needed)
+    with pytest.raises(ValueError, match="nearest that work: mesh data=4 tensor=2 or data=4 fsdp=2"):
+        checks.memory(demo, state, sizes, limit=needed * 0.8)
+    with pytest.raises(ValueError, match="no mesh over them works"):
+        checks.memory(demo, state, sizes, limit=needed / 100)
