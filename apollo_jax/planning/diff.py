@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from apollo_jax.planning.show import short
+
 GIB = 2**30
 _SAME = 1e-4  # relative change that is none
 
@@ -97,4 +99,4 @@ def main(argv: list[str]) -> None:
 
 
 def _text(value: float | None, unit: str) -> str:
-    return "-" if value is None else f"{value:,.4g} {unit}".strip()
+    return "-" if value is None else f"{short(value, 4)} {unit}".strip()

@@ -10,7 +10,7 @@ from typing import Any
 
 GIB = 2**30
 _STYLE = """
-.bar { display: flex; height: 34px; border-radius: 6px; overflow: hidden; }
+.bar { display: flex; background: var(--rule); height: 34px; border-radius: 6px; overflow: hidden; }
 .bar i { display: block; height: 100%; }
 .k0 { background: var(--s0); fill: var(--s0); } .k1 { background: #6c9a8b; fill: #6c9a8b; }
 .k2 { background: #8d7bb0; fill: #8d7bb0; } .k3 { background: #c9b458; fill: #c9b458; }
@@ -56,7 +56,7 @@ def _head(facts: Mapping[str, Any]) -> str:
         (f"{facts['memory']['peak'] / facts['hbm_bytes']:.0%}", "of the memory at the peak"),
     ]
     if cost := facts.get("cost"):
-        tiles.append((f"{cost['usd_per_million_samples']:,.0f} USD", "per million samples"))
+        tiles.append((f"${cost['usd_per_million_samples']:,.0f}", "per million samples"))
     shown = "".join(
         f'<div class="tile t{i % 3}"><b>{value}</b>{name}</div>'
         for i, (value, name) in enumerate(tiles)
@@ -130,12 +130,11 @@ def _chart(facts: Mapping[str, Any], peaks: Mapping[str, float]) -> str:
     corners = [(low, bandwidth * low), (ridge, flops), (high, flops)]
     roof = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in corners)
     label = f"{reached / 1e12:,.1f} TFLOP/s at {intensity:,.0f} FLOPs per byte"
-    at, anchor = x(intensity), "end" if intensity > ridge else ""
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img"><title>{label}</title>'
         f'<polyline class="roof" points="{roof}"/>'
-        f'<circle class="k4" cx="{at:.1f}" cy="{y(reached):.1f}" r="6"/>'
-        f'<text class="value {anchor}" x="{at:.1f}" y="{y(reached) + 20:.1f}">{label}</text>'
+        f'<circle class="k4" cx="{x(intensity):.1f}" cy="{y(reached):.1f}" r="6"/>'
+        f'<text class="value end" x="{width - 12}" y="{y(reached) + 26:.1f}">{label}</text>'
         f'<text class="label end" x="{width - 12}" y="{y(flops) - 5:.1f}">'
         f"{flops / 1e12:,.0f} TFLOP/s</text>"
         f'<text class="label" x="{x(low):.1f}" y="{height - 8}">{bandwidth / 1e9:,.0f} GB/s of '

@@ -11,6 +11,11 @@ GIB = 2**30
 _NAMED = 6  # of the largest buffers
 
 
+def short(value: float, digits: int = 3) -> str:
+    """`digits` of them, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
 def show(console: Console, facts: Mapping[str, Any]) -> None:
     """Prints a plan from its facts."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
@@ -40,21 +45,21 @@ def _memory(console: Console, facts: Mapping[str, Any]) -> None:
     for name, value in facts["memory"].items():
         if name == "peak":
             table.add_section()
-        table.add_row(name, f"{value / GIB:.3g}", f"{value / hbm:.0%}")
+        table.add_row(name, short(value / GIB), f"{value / hbm:.0%}")
         if name == "temporaries":
             for kind, size in facts["temporaries_at_peak"].items():
                 if size > 0.001 * value:
-                    table.add_row(f"  {kind}", f"{size / GIB:.3g}", "", style="dim")
+                    table.add_row(f"  {kind}", short(size / GIB), "", style="dim")
     console.print(table)
     for size, text in facts["largest"][:_NAMED]:
-        console.print(f"  {size / GIB:6.3g} GiB  {text}", highlight=False, markup=False)
+        console.print(f"  {short(size / GIB):>6} GiB  {text}", highlight=False, markup=False)
 
 
 def _flops(console: Console, facts: Mapping[str, Any]) -> None:
     console.print(
-        f"needed {facts['model_flops'] / 1e12:,.3g} TFLOP per chip and step, executed "
-        f"{facts['executed_flops'] / 1e12:,.3g} ({facts['bound']['remat_overhead']:.2f}x: "
-        f"recomputation and padding), {facts['kernel_flops'] / 1e12:,.3g} of them in kernels"
+        f"needed {short(facts['model_flops'] / 1e12)} TFLOP per chip and step, executed "
+        f"{short(facts['executed_flops'] / 1e12)} ({facts['bound']['remat_overhead']:.2f}x: "
+        f"recomputation and padding), {short(facts['kernel_flops'] / 1e12)} of them in kernels"
     )
     if facts["kernels_not_counted"]:
         names = ", ".join(facts["kernels_not_counted"])
@@ -76,20 +81,21 @@ def _exchanges(console: Console, facts: Mapping[str, Any]) -> None:
             ", ".join(c["axes"]) or "-",
             c["network"],
             f"{c['count']:.0f}",
-            f"{c['bytes'] / GIB:.3g}",
+            short(c["bytes"] / GIB),
             share,
-            f"{c['seconds']:.3g}",
-            f"{c['waited_seconds']:.3g}",
+            short(c["seconds"]),
+            short(c["waited_seconds"]),
         )
     console.print(exchanges)
 
 
 def _bound(console: Console, facts: Mapping[str, Any]) -> None:
     bound, given = facts["bound"], facts["input"]
+    seconds = {k: short(v) for k, v in bound.items() if k.endswith("_seconds")}
     console.print(
-        f"step >= [bold]{bound['step_seconds']:.3g} s[/] (products {bound['compute_seconds']:.3g}, "
-        f"main memory {bound['memory_seconds']:.3g}, exchanges {bound['exchange_seconds']:.3g}, of "
-        f"which waited for {bound['exposed_exchange_seconds']:.3g}): at most "
+        f"step >= [bold]{seconds['step_seconds']} s[/] (products {seconds['compute_seconds']}, "
+        f"main memory {seconds['memory_seconds']}, exchanges {seconds['exchange_seconds']}, of "
+        f"which waited for {seconds['exposed_exchange_seconds']}): at most "
         f"{bound['mfu_ceiling']:.0%} MFU, {bound['tokens_per_second']:,.0f} tokens/s, "
         f"{bound['frames_per_second']:,.0f} frames/s"
     )
@@ -101,8 +107,9 @@ def _bound(console: Console, facts: Mapping[str, Any]) -> None:
     )
     if cost := facts.get("cost"):
         console.print(
-            f"at {cost['usd_per_chip_hour']:g} USD per chip and hour: {cost['usd_per_step']:.2f} "
-            f"USD per step, {cost['usd_per_million_rows']:,.0f} per million rows, "
+            f"at {cost['usd_per_chip_hour']:g} USD per chip and hour: "
+            f"{short(cost['usd_per_step'])} USD per step, "
+            f"{cost['usd_per_million_rows']:,.0f} per million rows, "
             f"{cost['usd_per_billion_tokens']:,.0f} per billion tokens, "
             f"{cost['usd_per_million_samples']:,.0f} per million samples "
             f"({cost['samples_per_step']} to a step, the published epoch's), "
