@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decoder's train step needs on a TPU slice, against MaxText's, compiled without a TPU.
+
+    python benchmarks/compile.py [--remat full nested ...] [--maxtext PYTHON] [--json F]
+
+Both compile the whole step (forward, backward, clip, AdamW) of the same decoder for the same rows
+and the same slice: bfloat16 arithmetic, float32 parameters and moments, everything sharded over all
+chips. Ours is the step that `apollo-jax train` runs, on a batch without clips. MaxText's is its own
+command `train_compile` with its own defaults (full rematerialisation, splash attention), run by an
+interpreter that has it installed: `pip install 'maxtext[tpu]'`, Python 3.12. Without one, the
+figures in REFERENCE stand in where they are of the same shape. What a step costs in Python is the
+matter of step_overhead.py.
+
+    args, temp   GiB per chip, as the compiler reports them
+    TFLOP        of the products and kernels that run, per chip and step (see planning/hlo.py)
+    CPU-s        of the whole process: imports, tracing, compilation
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import resource
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from apollo_jax import sharding
+from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, TrainConfig
+from apollo_jax.models import apollo, qwen2
+from apollo_jax.models.layers import REMAT_POLICIES
+from apollo_jax.planning import ahead_of_time, hlo
+from apollo_jax.planning.topology import SLICES, parse, use_compiler_only
+from data_pipeline.loader import DataConfig, SourceConfig
+
+_GIB = 2**30
+MODELS = {
+    "qwen2.5-7b": qwen2.Config.qwen2p5_7b(),
+    "qwen2.5-1.5b": qwen2.Config.qwen2p5_1p5b(),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is compiled: one row of `tokens` per chip."""
+
+    model: str = "qwen2.5-7b"
+    topology: str = "v5p:4x4x4"
+    tokens: int = 8192
+    layers: int = 0  # 0 = as published
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one compilation; GiB and TFLOP per chip."""
+
+    arguments: float
+    temporaries: float
+    tflop: float | None
+    cpu_seconds: float
+
+
+# MaxText with its defaults, August 2026; release 0.2.5 gives the same GiB.
+REFERENCE = {Shape(): Result(1.33, 7.46, None, 96.0)}
+
+
+def decoder_only(shape: Shape, remat: str) -> Experiment:
+    """The experiment whose step is compiled: text alone, so that the towers are no part of it."""
+    llm = replace(MODELS[shape.model], max_position_embeddings=max(shape.tokens, 32_768))
+    llm = replace(llm, num_hidden_layers=shape.layers or llm.num_hidden_layers)
+    small = apollo.Config.debug()
+    connector = replace(small.connector, text_hidden_size=llm.hidden_size)
+    model = replace(small, connector=connector, llm=llm)
+    data = DataConfig(
+        sources={"none": SourceConfig("none")},
+        frames=(),
+        tokenizer="none",
+        batch_size=parse(shape.topology).chips,
+        length=shape.tokens,
+        clips=0,
+        frame_size=model.frame_size,
+        tokens_per_clip=connector.num_output_tokens,
+    )
+    train = TrainConfig(num_steps=1000, remat=remat, loss_chunk=min(1024, shape.tokens))  # pyright: ignore[reportArgumentType]
+    mesh = sharding.MeshConfig(data=1, fsdp=-1)
+    return Experiment(
+        "decoder", model, data, train, OptimizerConfig(LearningRates(llm=1e-5)), mesh=mesh
+    )
+
+
+def ours(shape: Shape, remat: str) -> Result:
+    """Compiles our step; in a process of its own, whose CPU time it tells."""
+    use_compiler_only()
+    compiled = ahead_of_time.compile_step(decoder_only(shape, remat), parse(shape.topology))
+    seconds = time.process_time()
+    memory = compiled.memory
+    flops = compiled.totals.flops / 1e12 if compiled.totals else None
+    held = memory.params + memory.moments + memory.batch
+    return Result(held / _GIB, memory.temporaries / _GIB, flops, seconds)
+
+
+def maxtext(python: Path, shape: Shape) -> Result:
+    """MaxText's step, by its command. RuntimeError with the end of what it printed if it fails."""
+    code = "import maxtext, pathlib; print(pathlib.Path(maxtext.__path__[0]) / 'configs/base.yml')"
+    base = _say([python, "-c", code]).split()[-1]
+    slice_name = next(name for name, full in SLICES.items() if full == shape.topology)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "model_name": shape.model,
+            "compile_topology": slice_name,
+            "compile_topology_num_slices": 1,
+            "per_device_batch_size": 1,
+            "max_target_length": shape.tokens,
+            "run_name": "compile",
+            "base_output_directory": folder,
+            "dataset_type": "synthetic",
+            "hardware": "cpu",
+            "enable_checkpointing": "false",
+            "skip_jax_distributed_system": "true",
+            "compile_xla_flags": f"--xla_dump_to={folder} --xla_dump_hlo_as_text=true",
+        }
+        if shape.layers:
+            settings |= {"base_num_decoder_layers": shape.layers, "override_model_config": "true"}
+        command = [python, "-m", "maxtext.trainers.pre_train.train_compile", base]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        said = _say([*command, *(f"{k}={v}" for k, v in settings.items())])
+        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        largest = max(Path(folder).glob("*after_optimizations.txt"), key=lambda f: f.stat().st_size)
+        chips = parse(shape.topology).chips
+        flops = hlo.totals(largest.read_text(), {"all": chips}).flops
+    argument, temporary = (
+        int(re.findall(rf"\b{kind}_size_in_bytes=(\d+)", said)[-1]) for kind in ("argument", "temp")
+    )
+    return Result(argument / _GIB, temporary / _GIB, flops / 1e12, seconds)
+
+
+def _say(command: list[Any]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    if done.returncode:
+        raise RuntimeError(f"MaxText failed:\n{(done.stdout + done.stderr)[-2000:]}")
+    return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without its modules, with what libtpu wants where there is no TPU."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return kept | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "DECOUPLE_GCLOUD": "TRUE",  # MaxText's switch for machines that are not in its cloud
+    }
+
+
+def row(name: str, found: Result, peer: Result | None) -> str:
+    """A line of the table: the figures, and the ratios to the peer's."""
+    pairs = [(a, getattr(peer, k, None)) for k, a in asdict(found).items()]
+    cells = ["-" if a is None else f"{a:.2f}" for a, _ in pairs]
+    ratios = [f"{a / b:.2f}x" if a and b else "-" for a, b in pairs]
+    return f"{name:<18}" + "".join(f"{c:>10}{r:>8}" for c, r in zip(cells, ratios, strict=True))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="Compile a decoder's train step, also MaxText's")
+    parser.add_argument("--model", default="qwen2.5-7b", choices=MODELS)
+    parser.add_argument("--topology", default="v5p:4x4x4")
+    parser.add_argument("--tokens", type=int, default=8192, help="per chip, one row")
+    parser.add_argument("--layers", type=int, default=0, help="fewer than published, to be quick")
+    parser.add_argument("--remat", nargs="+", default=["full"], choices=REMAT_POLICIES)
+    parser.add_argument("--maxtext", type=Path, help="a Python that has MaxText installed")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args(argv)
+    shape = Shape(args.model, args.topology, args.tokens, args.layers)
+    peer = maxtext(args.maxtext, shape) if args.maxtext else REFERENCE.get(shape)
+    columns = ("args GiB", "temp GiB", "TFLOP", "CPU-s")
+    print(f"{'':<18}" + "".join(f"{c:>10}{'':>8}" for c in columns))
+    found: dict[str, Any] = {"shape": asdict(shape)}
+    if peer:
+        print(row("MaxText" if args.maxtext else "MaxText, reference", peer, None), flush=True)
+        found["maxtext"] = asdict(peer)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
+        for remat in args.remat:
+            result = processes.submit(ours, shape, remat).result()
+            print(row(f"ours, {remat}", result, peer), flush=True)
+            found[remat] = asdict(result)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

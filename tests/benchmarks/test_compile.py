@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of compilation: what it compiles, and how it reads what MaxText prints."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """HloModule jit_f
+
+ENTRY %main (p0: bf16[16,32], p1: bf16[32,8]) -> bf16[16,8] {
+  %p0 = bf16[16,32]{1,0} parameter(0)
+  %p1 = bf16[32,8]{1,0} parameter(1)
+  ROOT %d = bf16[16,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+PEER = """#!{python}
+import pathlib, re, sys
+if sys.argv[1] == "-c":
+    print("noise about the machine")
+    print("/somewhere/configs/base.yml")
+    raise SystemExit
+said = " ".join(sys.argv)
+assert "train_compile /somewhere/configs/base.yml" in said, said
+assert "compile_topology=v5p-128" in said, said
+assert "max_target_length=8192" in said, said
+folder = re.search(r"--xla_dump_to=(\\S+)", said)[1]
+pathlib.Path(folder, "module.after_optimizations.txt").write_text({program!r})
+print("Memory analysis: CompiledMemoryStats(argument_size_in_bytes=1073741824, "
+      "temp_size_in_bytes=2147483648, host_argument_size_in_bytes=0, host_temp_size_in_bytes=0)")
+"""
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module("compile")
+    del sys.modules["compile"]
+
+
+def test_what_is_compiled_is_the_decoder_alone(bench):
+    shape = bench.Shape(model="qwen2.5-1.5b", topology="v5e:4x4", tokens=4096, layers=2)
+    experiment = bench.decoder_only(shape, "nested")
+    assert experiment.model.llm.num_hidden_layers == 2
+    assert (experiment.data.batch_size, experiment.data.length, experiment.data.clips) == (
+        16, 4096, 0,
+    )  # fmt: skip
+    rates = experiment.optimizer.learning_rates
+    assert (rates.vision_tower, rates.connector) == (0, 0)
+    assert rates.llm > 0
+    assert experiment.train.remat == "nested"
+
+
+def test_the_peer_is_run_and_read(bench, tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PEER.format(python=sys.executable, program=PROGRAM))
+    python.chmod(0o755)
+    found = bench.maxtext(python, bench.Shape())
+    assert (found.arguments, found.temporaries) == (1.0, 2.0)
+    assert found.tflop == 2 * 16 * 32 * 8 / 1e12
+    python.write_text(f"#!{sys.executable}\nimport sys\nprint('no such model')\nsys.exit(1)\n")
+    with pytest.raises(RuntimeError, match="no such model"):
+        bench.maxtext(python, bench.Shape())
+
+
+def test_a_row_has_ratios_to_the_peer(bench):
+    peer = bench.REFERENCE[bench.Shape()]
+    ours = bench.Result(1.33, peer.temporaries / 2, 500.0, 48.0)
+    assert bench.row("ours", ours, peer).split()[1:] == [
+        "1.33", "1.00x", "3.73", "0.50x", "500.00", "-", "48.00", "0.50x",
+    ]  # fmt: skip
+    assert "x" not in bench.row("Us", ours, None)
