@@ -199,6 +199,27 @@ def per_device(
     return mapped(*arrays)
 
 
+def layout(shape: tuple[int, ...], *names: str | None) -> P:
+    """How an array whose axes carry these logical names lies on the mesh in use.
+
+    Each axis is cut by as many of its mesh axes as divide it, the first ones first.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return P(*(None,) * len(shape)) if mesh.empty else _dividing(shape, spec(*names), mesh)
+
+
+def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec."""
+    return (part,) if isinstance(part, str) else tuple(part or ())
+
+
+def on_devices(function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable[..., Any]:
+    """`function`, run by each device on its parts by these layouts; it exchanges by axis names."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=inputs, out_specs=outputs, check_vma=False)
+
+
 def ways(name: str) -> int:
     """Into how many parts the mesh in use splits an axis of this logical name."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -223,10 +223,14 @@ class Qwen2(nnx.Module):
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         return self.embedding[...].astype(self.dtype)[tokens]
 
+    @property
+    def head(self) -> Float[Array, "V D"]:
+        """The table of the output layer, in the dtype of the parameters."""
+        return (self.embedding if self.lm_head is None else self.lm_head)[...]
+
     def unembed(self, hidden: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits in float32."""
-        table = self.embedding if self.lm_head is None else self.lm_head
-        table = table[...].astype(self.dtype)
+        table = self.head.astype(self.dtype)
         return jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
 
     def __call__(

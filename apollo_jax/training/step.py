@@ -66,14 +66,14 @@ def batch_sums(
         remat=train.remat,
         zigzag=zigzag,
     )
-    chunk = _positions_per_row(train.loss_chunk, rows, x.tokens.shape[1])
-    return losses.cross_entropy(hidden, model.llm.unembed, x.targets, x.loss_weights, chunk)
-
-
-def _positions_per_row(chunk: int, rows: int, length: int) -> int:
-    """The part of each row whose logits exist at once, when a device may hold `chunk` positions."""
-    most = chunk // max(1, rows // sharding.ways("batch"))
-    return next((n for n in range(min(most, length), 0, -1) if length % n == 0), min(chunk, 1))
+    return losses.cross_entropy(
+        hidden,
+        model.llm.head,
+        x.targets,
+        x.loss_weights,
+        chunk=train.loss_chunk,
+        cut=train.loss_cut,
+    )
 
 
 class Program(NamedTuple):

@@ -71,7 +71,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("--config.model.towers.siglip.image_mean=1,2", "has 2 values, takes 3"),
         ("--config.data.frame_size=64", "config.data.frame_size is 64, the model takes 32"),
         ("--config.data.length=4096", "positions end at 1024"),
-        ("--config.train.loss_chunk=7", "must divide config.data.length"),
+        ("--config.train.loss_chunk=-7", "config.train.loss_chunk is -7"),
         ("--config.optimizer.learning_rates.llm=-1", "negative is wrong"),
         ("--config.train.keep=0", "must be at least 1"),
         ("--confg.seed=3", "unknown argument '--confg.seed'"),

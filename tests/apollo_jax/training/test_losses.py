@@ -1,56 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weighted cross-entropy against its definition; chunks change nothing."""
+"""The cut cross-entropy against optax on all logits: values, gradients, and on every mesh."""
+
+from itertools import product
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
 
+from apollo_jax import sharding
+from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import losses
 
-B, L, D, V = 2, 12, 5, 7
+B, L, D, V = 8, 12, 16, 384  # three blocks of the smallest size
+CUTS = ("positions", "vocabulary")
 
 
-@pytest.fixture
-def inputs():
-    rng = np.random.default_rng(0)
-    hidden, table = rng.normal(size=(B, L, D)), rng.normal(size=(V, D))
-    targets, weights = rng.integers(0, V, (B, L)), rng.integers(0, 2, (B, L)) * 0.5
-    f32 = jnp.float32
+def inputs(seed=0, dtype=jnp.float32, table_dtype=jnp.float32, vocabulary=V):
+    rng = np.random.default_rng(seed)
+    hidden, table = rng.normal(size=(B, L, D)), rng.normal(size=(vocabulary, D))
+    targets, weights = rng.integers(0, vocabulary, (B, L)), rng.integers(0, 3, (B, L)) * 0.5
     return (
-        jnp.asarray(hidden, f32), jnp.asarray(table, f32),
-        jnp.asarray(targets, jnp.int32), jnp.asarray(weights, f32),
+        jnp.asarray(hidden, dtype), jnp.asarray(table, table_dtype),
+        jnp.asarray(targets, jnp.int32), jnp.asarray(weights, jnp.float32),
     )  # fmt: skip
 
 
-def sums(inputs, chunk=0) -> losses.Sums:
-    hidden, table, targets, weights = inputs
-    return losses.cross_entropy(hidden, lambda h: h @ table.T, targets, weights, chunk)
+def naive(hidden, table, targets, weights) -> losses.Sums:
+    """The definition, with all logits at once."""
+    table = table.astype(hidden.dtype)
+    logits = jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    hits = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+    return losses.Sums(jnp.sum(nll * weights), jnp.sum(hits * weights), jnp.sum(weights))
 
 
-def test_is_the_weighted_mean_negative_log_likelihood(inputs):
-    hidden, table, targets, weights = map(np.asarray, inputs)
-    logits = hidden @ table.T
-    likelihood = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    picked = np.take_along_axis(likelihood, targets[..., None], -1)[..., 0]
-    loss, accuracy = losses.mean(sums(inputs))
-    np.testing.assert_allclose(loss, -(np.log(picked) * weights).sum() / weights.sum(), rtol=1e-5)
-    hits = (logits.argmax(-1) == targets) * weights
-    np.testing.assert_allclose(accuracy, hits.sum() / weights.sum(), rtol=1e-6)
+def gradients(function, arrays, **how):
+    """(sums, (gradient of hidden, gradient of the table)) of the mean loss."""
+
+    def loss(hidden, table, *rest):
+        sums = function(hidden, table, *rest, **how)
+        return losses.mean(sums)[0], sums
+
+    (_, sums), found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(*arrays)
+    return sums, found
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 12])
-def test_chunks_change_neither_loss_nor_gradient(inputs, chunk):
-    def loss(hidden, chunk):
-        return losses.mean(sums((hidden, *inputs[1:]), chunk))[0]
-
-    (whole, grad), (chunked, chunked_grad) = (
-        jax.value_and_grad(loss)(inputs[0], c) for c in (0, chunk)
-    )
-    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
-    np.testing.assert_allclose(chunked_grad, grad, rtol=1e-5, atol=1e-7)
+def close(found, expected, tolerance=1e-5):
+    """Sums relative; gradients relative to the largest."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=tolerance)
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
-def test_a_batch_without_targets_has_loss_zero(inputs):
-    loss, accuracy = losses.mean(sums((*inputs[:3], jnp.zeros((B, L)))))
-    assert loss == accuracy == 0.0
+@pytest.mark.parametrize(("cut", "chunk"), [*product(CUTS, [0, 1, 7, 32, 96, 1000])])
+def test_equals_the_loss_of_all_logits(cut, chunk):
+    """Chunks of which the last is not full, one chunk, one position."""
+    expected = gradients(naive, inputs())
+    close(gradients(losses.cross_entropy, inputs(), chunk=chunk, cut=cut), expected)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("vocabulary", [7, 128, 300])  # below a block, a block, two and a part
+def test_any_vocabulary(cut, vocabulary):
+    arrays = inputs(vocabulary=vocabulary)
+    close(gradients(losses.cross_entropy, arrays, chunk=40, cut=cut), gradients(naive, arrays))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_bfloat16_products(cut):
+    """Slopes are rounded to bfloat16 before the products, so gradients are that exact."""
+    for table_dtype in (jnp.float32, jnp.bfloat16):
+        arrays = inputs(dtype=jnp.bfloat16, table_dtype=table_dtype)
+        exact = gradients(naive, [x.astype(jnp.float32) if x.ndim > 2 else x for x in arrays])
+        sums, found = gradients(losses.cross_entropy, arrays, chunk=32, cut=cut)
+        np.testing.assert_allclose(sums, gradients(naive, arrays)[0], rtol=1e-5)
+        assert [x.dtype for x in found] == [jnp.bfloat16, table_dtype]
+        for a, b in zip(found, exact[1], strict=True):
+            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+            assert np.abs(a - b).max() <= 2**-7 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_tied_table_gets_both_gradients(cut):
+    hidden, table, targets, weights = inputs()
+    tokens = jnp.roll(targets, 1, axis=1)
+
+    def tied(function, **how):
+        def loss(table):
+            return function(hidden + table[tokens], table, targets, weights, **how).loss
+
+        return jax.grad(loss)(table)
+
+    found, expected = tied(losses.cross_entropy, chunk=20, cut=cut), tied(naive)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_frozen_table_costs_no_product(cut):
+    """Counted in the program: the products' multiplications over T x D x V."""
+    hidden, table, targets, weights = inputs()
+
+    def count(argnums):
+        def loss(hidden, table):
+            return losses.cross_entropy(hidden, table, targets, weights, cut=cut).loss
+
+        cost: Any = jax.jit(jax.grad(loss, argnums)).lower(hidden, table).compile().cost_analysis()
+        return round(cost["flops"] / (2 * hidden.size * V))
+
+    assert count(0) == count((0, 1)) - 1
+    expected = jax.grad(lambda h: naive(h, *inputs()[1:]).loss)(hidden)
+    found = jax.grad(lambda h: losses.cross_entropy(h, *inputs()[1:], cut=cut).loss)(hidden)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_batch_without_targets_has_loss_zero(cut):
+    arrays = (*inputs()[:3], jnp.zeros((B, L)))
+    sums, found = gradients(losses.cross_entropy, arrays, chunk=16, cut=cut)
+    assert losses.mean(sums) == (0.0, 0.0)
+    assert not any(np.any(g) for g in found)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_large_logits_stay_finite(cut):
+    hidden, table, targets, weights = inputs()
+    arrays = (hidden * 1e4, table, targets, weights)
+    close(gradients(losses.cross_entropy, arrays, chunk=16, cut=cut), gradients(naive, arrays))
+
+
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=1, fsdp=8),
+    MeshConfig(data=1, tensor=8),
+    MeshConfig(data=1, context=4, tensor=2),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(data=1, fsdp=2, context=2, tensor=2),
+]
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("config", MESHES, ids=str)
+def test_meshes_equal_one_device(config, cut):
+    """Few and many targets per row; chunks of 5 divide no device's positions."""
+    hidden, table, targets, weights = inputs(vocabulary=1024)
+    weights = jnp.where(np.arange(L) < np.arange(B)[:, None] * 2, weights, 0.0)
+    arrays = (hidden, table, targets, weights)
+    expected = gradients(naive, arrays)
+    mesh = sharding.make_mesh(config)
+    with jax.set_mesh(mesh):
+        by_position = NamedSharding(mesh, sharding.spec("batch", "length"))
+        rows = NamedSharding(mesh, sharding.spec("vocab", "embed"))
+        places = (by_position, rows, by_position, by_position)
+        found = gradients(losses.cross_entropy, jax.device_put(arrays, places), chunk=5, cut=cut)
+        assert found[1][1].sharding.is_equivalent_to(rows, 2)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_rows_that_the_mesh_does_not_divide(cut):
+    """Three rows on eight devices: each computes all of them."""
+    arrays = [x if x.shape[0] == V else x[:3] for x in inputs()]
+    expected = gradients(naive, arrays)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=8))):
+        close(gradients(losses.cross_entropy, arrays, cut=cut), expected)
+
+
+def test_skipped_blocks_are_those_of_small_slopes():
+    """Two of three blocks have no likely token and no target."""
+    hidden, table, targets, weights = inputs()
+    size = V // 3
+    hidden = hidden.at[..., 0].set(1.0)
+    table = table.at[:, 0].set(0.0).at[size:].set(0.0).at[size:, 0].set(-10.0)
+    arrays = (hidden, table, targets % size, weights)
+    exact = gradients(naive, arrays)
+    how = dict(chunk=1, cut="vocabulary")
+    skipped = gradients(losses.cross_entropy, arrays, skip_below=1e-3, **how)
+    close(skipped, exact, 1e-3)
+    unlikely = exact[1][1][size:]
+    assert np.any(unlikely), "the exact gradient of the skipped blocks is small, not zero"
+    assert not np.any(skipped[1][1][size:])
+    none = gradients(losses.cross_entropy, arrays, skip_below=2.0, **how)
+    assert not any(np.any(g) for g in none[1])
+
+
+def test_skipping_needs_blocks():
+    with pytest.raises(ValueError, match="needs cut='vocabulary'"):
+        losses.cross_entropy(*inputs(), skip_below=1e-3)
