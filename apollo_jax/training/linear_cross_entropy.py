@@ -60,20 +60,20 @@ def by_positions(
 
     `gradients` says which of (hidden, table) are wanted; the others are None. Chunk 0 is all.
     """
-    rows = lax.all_gather(table.astype(hidden.dtype), axes.embed, axis=1, tiled=True)
+    columns = _gather(table, hidden.dtype, axes)
     ids = _ids(table, axes)
 
     def body(d_table: Array | None, piece: tuple[Array, Array, Array]):
         h, t, w = piece
-        z = _dot(h, rows, (1, 1))
+        z = _dot(h, columns, (1, 0))
         seen = _together(_see(_nothing_seen(t.shape[0]), z, ids, t), axes)
         loss, correct, lse = _sums(seen, t, w)
         if not any(gradients):
             return d_table, (loss, correct, None)
         s = (_slopes(z, lse, ids, t) * w[:, None]).astype(h.dtype)
-        d_hidden = lax.psum(_dot(s, rows, (1, 0)), axes.vocab).astype(h.dtype)
+        d_hidden = lax.psum(_dot(s, columns, (1, 1)), axes.vocab).astype(h.dtype)
         if d_table is not None:
-            d_table = d_table + _dot(s, h, (0, 0))
+            d_table = d_table + _dot(h, s, (0, 0))
         return d_table, (loss, correct, d_hidden)
 
     count = targets.size
@@ -84,7 +84,7 @@ def by_positions(
         x = jnp.pad(x, [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, chunk, *x.shape[1:])
 
-    d_table = jnp.zeros(rows.shape, jnp.float32) if gradients[1] else None
+    d_table = jnp.zeros(columns.shape, jnp.float32) if gradients[1] else None
     arrays = (pieces(hidden), pieces(targets), pieces(weights))
     d_table, (loss, correct, d_hidden) = lax.scan(body, d_table, arrays)
     loss, correct = lax.psum((jnp.sum(loss), jnp.sum(correct)), axes.tokens)
@@ -111,8 +111,8 @@ def by_vocabulary(
     size, blocks = _blocks(h, table, chunk)
 
     def body(seen: _Seen, block: Int[Array, ""]):
-        rows, ids, _ = _block(table, block, size, h.dtype, axes)
-        return _see(seen, _masked(_dot(h, rows, (1, 1)), ids), ids, t), None
+        columns, ids, _ = _block(table, block, size, h.dtype, axes)
+        return _see(seen, _masked(_dot(h, columns, (1, 0)), ids), ids, t), None
 
     seen, _ = lax.scan(body, _nothing_seen(t.shape[0]), blocks)
     loss, correct, lse = _sums(_together(seen, axes), t, w)
@@ -143,21 +143,21 @@ def gradients_by_vocabulary(
 
     def body(carry: tuple[Array, Array | None], block: Int[Array, ""]):
         d_hidden, d_table = carry
-        rows, ids, start = _block(table, block, size, h.dtype, axes)
-        slope = _slopes(_masked(_dot(h, rows, (1, 1)), ids), lse, ids, t)
+        columns, ids, start = _block(table, block, size, h.dtype, axes)
+        slope = _slopes(_masked(_dot(h, columns, (1, 0)), ids), lse, ids, t)
         s = (slope * w[:, None]).astype(h.dtype)
 
         def products(s: Array) -> tuple[Array, Array | None]:
-            return _dot(s, rows, (1, 0)), _dot(s, h, (0, 0)) if trained else None
+            return _dot(s, columns, (1, 1)), _dot(h, s, (0, 0)) if trained else None
 
         if skip_below:
             matters = jnp.any((jnp.abs(slope) >= skip_below) & (w != 0)[:, None])
-            more, d_rows = lax.cond(matters, products, _zeros_like(products), s)
+            more, d_columns = lax.cond(matters, products, _zeros_like(products), s)
         else:
-            more, d_rows = products(s)
-        if d_table is not None and d_rows is not None:
+            more, d_columns = products(s)
+        if d_table is not None and d_columns is not None:
             there = lax.dynamic_slice_in_dim(d_table, start, size)
-            there = there + _scatter(d_rows, axes)  # the last block meets rows again
+            there = there + _scatter(d_columns, axes)  # the last block meets rows again
             d_table = lax.dynamic_update_slice_in_dim(d_table, there, start, 0)
         return (d_hidden + more, d_table), None
 
@@ -180,21 +180,22 @@ def _blocks(hidden: Array, table: Array, chunk: int) -> tuple[int, Int[Array, " 
     positions, rows = hidden.shape[0], table.shape[0]
     size = -(-chunk * rows // positions) if chunk else rows
     size = min(rows, -(-size // _LANES) * _LANES)
+    size = next((n for n in range(size, size // 2, -_LANES) if rows % n == 0), size)
     return size, jnp.arange(-(-rows // size))
 
 
 def _block(
     table: Array, block: Int[Array, ""], size: int, dtype: jnp.dtype, axes: Axes
-) -> tuple[Float[Array, "b D"], Int[Array, " b"], Int[Array, ""]]:
+) -> tuple[Float[Array, "D b"], Int[Array, " b"], Int[Array, ""]]:
     """(rows of the table, their tokens, first row); the last block starts early to be full.
 
     Rows that an earlier block has had are no token here.
     """
     start = jnp.minimum(block * size, table.shape[0] - size)
-    rows = lax.dynamic_slice_in_dim(table, start, size).astype(dtype)
+    rows = lax.dynamic_slice_in_dim(table, start, size)
     ids = lax.dynamic_slice_in_dim(_ids(table, axes), start, size)
     ids = jnp.where(start + jnp.arange(size) >= block * size, ids, _NOT_A_TOKEN)
-    return lax.all_gather(rows, axes.embed, axis=1, tiled=True), ids, start
+    return _gather(rows, dtype, axes), ids, start
 
 
 def _masked(z: Array, ids: Array) -> Array:
@@ -259,7 +260,16 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-def _scatter(d_rows: Float[Array, "b D"], axes: Axes) -> Array:
-    """This device's columns of the sum over the devices of their gradients."""
-    mine = lax.psum_scatter(d_rows, axes.embed, scatter_dimension=1, tiled=True)
-    return lax.psum(mine, tuple(a for a in axes.tokens if a not in axes.embed))
+# The table crosses the mesh transposed: a part of the columns of its transpose is whole tiles of
+# memory, a part of its own columns is not, and is copied once more.
+
+
+def _gather(rows: Float[Array, "b d"], dtype: Any, axes: Axes) -> Float[Array, "D b"]:
+    """The rows of all the devices' columns."""
+    return lax.all_gather(rows.astype(dtype).T, axes.embed, axis=0, tiled=True)
+
+
+def _scatter(d_columns: Float[Array, "D b"], axes: Axes) -> Float[Array, "b d"]:
+    """This device's columns of the sum of all devices' gradients."""
+    mine = lax.psum_scatter(d_columns, axes.embed, scatter_dimension=0, tiled=True)
+    return lax.psum(mine, tuple(a for a in axes.tokens if a not in axes.embed)).T

@@ -158,19 +158,3 @@ def test_keeps_every_dtype(experiment, mesh):
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, program.abstract, after)
     assert jax.tree.all(same)
     assert {str(v.dtype) for v in metrics.values()} == {"float32"}
-
-
-@pytest.mark.parametrize(
-    ("chunk", "rows", "length", "expected"),
-    [
-        (0, 16, 64, 0),
-        (64, 16, 64, 32),
-        (1024, 16, 64, 64),
-        (4, 16, 64, 2),
-        (1, 16, 64, 1),
-        (60, 8, 64, 32),
-    ],
-)
-def test_the_loss_sees_a_chunk_of_positions_per_device(mesh, chunk, rows, length, expected):
-    with jax.set_mesh(mesh):
-        assert step._positions_per_row(chunk, rows, length) == expected
