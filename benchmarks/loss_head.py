@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def naive(hidden: Any, table: Any, targets: Any, weights: Any) -> losses.Sums:
 
 def tokamax(hidden: Any, table: Any, targets: Any, weights: Any) -> losses.Sums:
     """The kernel has no weights: the sum over all positions."""
-    from tokamax import linear_softmax_cross_entropy_loss
+    from tokamax import linear_softmax_cross_entropy_loss  # pyright: ignore[reportMissingImports]
 
     flat, rows = hidden.reshape(-1, hidden.shape[-1]), table.astype(hidden.dtype)
     loss = linear_softmax_cross_entropy_loss(
@@ -88,7 +88,7 @@ def gradient(loss: Loss, kind: str) -> Callable[..., Any]:
 
 def measure(head: str, kind: str, place: topology.Topology, tokens: int, args: Any) -> Row:
     """One program, compiled."""
-    ours = partial(losses.cross_entropy, cut=head, chunk=args.chunk)
+    ours = partial(losses.cross_entropy, cut=cast(losses.Cut, head), chunk=args.chunk)
     loss = {"naive": naive, "tokamax": tokamax}.get(head, ours)
     mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=args.fsdp), place.devices()[: args.chips])
     rows = mesh.size
