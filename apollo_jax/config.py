@@ -78,6 +78,7 @@ class TrainConfig:
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
     remat: Remat = "none"  # what the backward pass keeps of each layer, see models/layers.py: fold
+    offload_optimizer: bool = False  # its moments in the host's memory, brought in for each update
     loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
     # What the logits are cut along: "positions" computes least, "vocabulary" holds least.
     loss_cut: Literal["positions", "vocabulary"] = "positions"

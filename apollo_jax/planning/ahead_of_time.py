@@ -19,7 +19,7 @@ from apollo_jax.planning.hlo_module import Module
 from apollo_jax.planning.rates import Rates
 from apollo_jax.planning.topology import Topology
 from apollo_jax.training import losses, stages
-from apollo_jax.training.state import TrainState, abstract_model, merge, split
+from apollo_jax.training.state import HOST, TrainState, abstract_model, merge, split
 from apollo_jax.training.step import Program, batch_sums, build
 from data_pipeline.batch import Batch, empty_batch
 
@@ -204,12 +204,13 @@ def _memory(program: Program, batch: Batch, compiled: Any, too_large: int) -> Me
 
 
 def _local(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
+    """Bytes of a tree of shapes in one device's memory."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        total += (
-            int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)) * leaf.dtype.itemsize
-        )
+        if leaf.sharding.memory_kind != HOST:
+            total += (
+                int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int)) * leaf.dtype.itemsize
+            )
     return total
 
 

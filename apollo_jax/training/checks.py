@@ -19,9 +19,9 @@ _ON_CHIP = (None, "device", "unpinned_host")  # the last is what a CPU calls its
 # What may differ between a run and its continuation (the loader checks the data themselves).
 FREE = (
     "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-    "evaluation.*", "mesh.*", "init_from", "init_parts.*", "data.frames", "data.tokenizer",
-    "data.threads", "data.prefetch", "data.max_bad_share", "data.sources.*.path", "data.sizes",
-    "data.sources.*.data_dir", "data.layout", "topology",
+    "train.offload_optimizer", "evaluation.*", "mesh.*", "init_from", "init_parts.*", "topology",
+    "data.frames", "data.tokenizer", "data.threads", "data.prefetch", "data.max_bad_share",
+    "data.sources.*.path", "data.sources.*.data_dir", "data.sizes", "data.layout",
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ from apollo_jax import sharding
 from apollo_jax.config import TrainConfig
 from apollo_jax.models import apollo
 
+HOST, DEVICE = "pinned_host", "device"  # kinds of memory, as jax calls them
+
 Arrays = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -93,9 +95,17 @@ def split(weights: Mapping[str, Any], trained: tuple[str, ...]) -> tuple[dict, d
 
 
 def abstract_state(
-    shapes: Shapes, trained: tuple[str, ...], tx: optax.GradientTransformation, mesh: Mesh
+    shapes: Shapes,
+    trained: tuple[str, ...],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    offload: bool = False,
 ) -> TrainState:
-    """The TrainState as shapes with shardings: to compile against and to restore into."""
+    """The TrainState as shapes with shardings: to compile against and to restore into.
+
+    With `offload` the moments lie in the host's memory; see `on_device`.
+    """
     params, frozen = split(shapes, trained)
     everywhere = NamedSharding(mesh, P())
 
@@ -103,6 +113,8 @@ def abstract_state(
         names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         param = next((params[n] for n in names if n in params), None)
         where = everywhere if param is None else moment_sharding(leaf.shape, param)
+        if offload and leaf.ndim:  # not the counts
+            where = where.with_memory_kind(HOST)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
     opt_state = jax.eval_shape(tx.init, params)
@@ -139,6 +151,16 @@ def moment_sharding(shape: tuple[int, ...], param: jax.ShapeDtypeStruct) -> Name
 def _names(part: Any) -> tuple[str, ...]:
     """The mesh axes in one place of a PartitionSpec."""
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
+
+
+def on_device(tree: Any, shapes: Any) -> Any:
+    """Within a step: what `abstract_state` laid out in the host's memory, in the devices' own."""
+
+    def move(leaf: Any, shape: Any) -> Any:
+        away = shape.sharding.memory_kind == HOST
+        return jax.device_put(leaf, shape.sharding.with_memory_kind(DEVICE)) if away else leaf
+
+    return jax.tree.map(move, tree, shapes)
 
 
 def create(weights: Arrays, abstract: TrainState, tx: optax.GradientTransformation) -> TrainState:

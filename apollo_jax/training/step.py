@@ -28,6 +28,7 @@ from apollo_jax.training.state import (
     abstract_state,
     component_of,
     merge,
+    on_device,
 )
 from data_pipeline.batch import Batch
 
@@ -93,7 +94,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
     schedules = make_schedules(experiment.optimizer, train.num_steps)
     tx = make_optimizer(experiment.optimizer, schedules)
-    abstract = abstract_state(shapes, trained, tx, mesh)
+    abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
     update = make_update(graphdef, tx, schedules, sums, abstract)
 
@@ -123,6 +124,7 @@ def make_update(
     @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def update(moving: tuple, frozen: Arrays, batch: Batch):
         count, params, opt_state = moving
+        opt_state = on_device(opt_state, abstract.opt_state)
 
         def loss_fn(params: Arrays):
             sums = loss_sums(merge(graphdef, params, frozen), batch)

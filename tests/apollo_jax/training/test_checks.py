@@ -93,7 +93,9 @@ def test_what_cannot_fit_is_refused_with_what_does(demo):
     state = build(demo, sharding.make_mesh(sharding.MeshConfig())).abstract
     needed = checks.on_device(checks.held_bytes(state, gradients=True), sizes)
     checks.memory(demo, state, sizes, limit=needed)
-    with pytest.raises(ValueError, match="nearest that work: mesh data=4 tensor=2 or data=4 fsdp=2"):
+    with pytest.raises(
+        ValueError, match="nearest that work: mesh data=4 tensor=2 or data=4 fsdp=2"
+    ):
         checks.memory(demo, state, sizes, limit=needed * 0.8)
     with pytest.raises(ValueError, match="no mesh over them works"):
         checks.memory(demo, state, sizes, limit=needed / 100)
