@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from apollo_jax import sharding
 from apollo_jax.training.optimizers import options
 
 # Of the quintic iteration: chosen for speed, they leave singular values between about 0.7 and 1.2.
@@ -51,7 +52,12 @@ def orthogonalize(x: jax.Array, steps: int, dtype: Any) -> jax.Array:
     wide = x.shape[-1] >= x.shape[-2]  # the Gram matrix is that of the shorter side
     x = x if wide else x.mT
     x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    # Cut along the longer side, chips exchange products of the shorter one and never x itself.
+    stack = (None,) * (x.ndim - 2)
+    rows, columns = (*stack, "embed", None), (*stack, None, "embed")
+    x = sharding.constrain(x, *columns)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+        gram = sharding.constrain(x @ x.mT, *rows)
+        polynomial = sharding.constrain(_B * gram + _C * (gram @ gram), *rows)
+        x = sharding.constrain(_A * x + polynomial @ x, *columns)
     return x if wide else x.mT
