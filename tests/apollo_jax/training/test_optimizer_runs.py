@@ -1,18 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every optimizer on the debug model: it learns, on eight devices as on one, and is saved whole."""
 
+import contextlib
 from functools import partial
 from typing import Any, get_args, get_type_hints
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
-from apollo_jax.config import OptimizerConfig
+from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints.manager import Checkpoints
+from apollo_jax.config import LearningRates, OptimizerConfig
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import checks, losses, state, step
+from apollo_jax.training.optimizer import make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.rows import place
 from data_pipeline.batch import empty_batch
@@ -149,16 +156,32 @@ def test_eight_devices_are_as_one(learned, run):
     assert held < whole / 6  # all but what is too small to be cut
 
 
-def test_is_saved_and_restored_whole(learned, tmp_path):
-    _, program, after, _ = learned
+@pytest.mark.parametrize("name", NAMES)
+def test_is_saved_and_restored_whole(name, meshes, tmp_path):
+    rates = LearningRates(llm=1e-3)
+    tx = make_optimizer(c := OptimizerConfig(rates, name=name), make_schedules(c, 10))
+    mesh, rng = meshes["eight"], np.random.default_rng(0)
+    axes = {"llm/layers/q/kernel": P(None, "fsdp", None), "llm/embedding": P(None, "fsdp")}
+    shapes = {
+        n: jax.ShapeDtypeStruct(
+            (40, 64, 32)[-len(p) :], jnp.float32, sharding=NamedSharding(mesh, p)
+        )
+        for n, p in axes.items()
+    }
+    abstract = state.abstract_state(shapes, ("llm",), tx, mesh)
+
+    def draw(s: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(jnp.asarray(rng.integers(0, 99, s.shape), s.dtype), s.sharding)
+
+    saved = jax.tree.map(draw, abstract)
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        checkpoints.save(STEPS, after, {})
+        checkpoints.save(STEPS, saved, {})
     with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        found = checkpoints.restore(program.abstract)
+        found = checkpoints.restore(abstract)
     assert found is not None
     restored = found[1].opt_state
-    assert jax.tree.structure(restored) == jax.tree.structure(after.opt_state)
-    for ours, theirs in zip(*map(jax.tree.leaves, (restored, after.opt_state)), strict=True):
+    assert jax.tree.structure(restored) == jax.tree.structure(saved.opt_state)
+    for ours, theirs in zip(*map(jax.tree.leaves, (restored, saved.opt_state)), strict=True):
         assert ours.dtype == theirs.dtype
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
         assert np.array_equal(ours, theirs)
