@@ -9,6 +9,7 @@ it sends through the hosts.
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from apollo_jax.planning.hlo_module import Instruction, Module, shapes, size
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 GATHER_BY_REDUCE = "all-gather by all-reduce"
+_COPIES = ("bitcast", "copy", "copy-start", "copy-done")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0)
 
 
@@ -47,14 +49,27 @@ def find(
         name, sent = kind[1].lower().replace("_", "-"), size(computation[i.operands[0]].type)
         return Exchange(name, _share(name, sent, slices), (), slices)
     if i.opcode.removesuffix("-start") in KINDS:
-        return _exchange(module, computation, i, devices, fused=False)
+        return _exchange(module, computation, i, devices)
     if i.opcode in ("fusion", "async-start"):
-        for name, _ in module.callees(i):
-            called = module.computations[name]
+        for called in _inside(module, i):
             for inner in called.values():
                 if inner.opcode.removesuffix("-start") in KINDS:
-                    return _exchange(module, called, inner, devices, fused=True)
+                    found = _exchange(module, called, inner, devices, fused=i.opcode == "fusion")
+                    outside = [computation[o] for o in i.operands if o in computation]
+                    if i.opcode == "async-start" and found.kind == "all-reduce":
+                        whole = [v for v in outside if size(v.type)]  # and not what orders it
+                        if whole and all(_is_update(module, computation, v) for v in whole):
+                            return found._replace(kind=GATHER_BY_REDUCE)
+                    return found
     return None
+
+
+def _inside(module: Module, i: Instruction) -> Iterator[Computation]:
+    """The computations that an instruction calls, and those that they call."""
+    for name, _ in module.callees(i):
+        yield module.computations[name]
+        for inner in module.computations[name].values():
+            yield from _inside(module, inner)
 
 
 def marker(module: Module, i: Instruction) -> str:
@@ -86,7 +101,7 @@ def axes(group: tuple[int, ...], mesh: dict[str, int]) -> tuple[str, ...]:
 
 
 def _exchange(
-    module: Module, around: Computation, i: Instruction, devices: int, *, fused: bool
+    module: Module, around: Computation, i: Instruction, devices: int, *, fused: bool = False
 ) -> Exchange:
     kind, group = i.opcode.removesuffix("-start"), _first_group(i.attributes, devices)
     arrays = shapes(i.type)
@@ -118,7 +133,7 @@ def _sums_parts(module: Module, around: Computation, i: Instruction) -> bool:
 
 
 def _is_update(module: Module, around: Computation, value: Instruction) -> bool:
-    while value.opcode in ("bitcast", "copy") and value.operands[0] in around:
+    while value.opcode in _COPIES and value.operands[0] in around:
         value = around[value.operands[0]]
     if value.opcode == "fusion":
         name, _ = next(module.callees(value))

@@ -86,6 +86,11 @@ def test_a_wrapped_exchange():
     assert (found.count, found.bytes) == (1, 4 * 256 * 64 * 2 * 3 / 4)
 
 
+def test_an_exchange_handed_to_another_core():
+    found = collectives(TPU_EXCHANGES, SLICES)["all-reduce", "ici"]
+    assert (found.count, found.bytes) == (1, 2 * 512 * 128 * 4 * 3 / 4)
+
+
 def test_between_slices():
     found = collectives(TPU_EXCHANGES, SLICES, dcn=MIB)["all-reduce", "dcn"]
     assert (found.axes, found.bytes, found.asynchronous) == (("data",), MIB, 0)
