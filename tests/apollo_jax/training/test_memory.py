@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step keeps where, on eight devices."""
+"""What a step keeps where, and what it exchanges for parts that do not train; eight devices."""
 
 import contextlib
 
@@ -9,22 +9,27 @@ import pytest
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
+from apollo_jax.planning import hlo
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import state, step
 from apollo_jax.training.rows import place
 from data_pipeline.batch import Batch, empty_batch
 
-B, L = 8, 32
+B, L, Q = 8, 32, 8
 RATES = "optimizer.learning_rates."
 
 
-def random_batch(seed: int) -> Batch:
-    """Text alone, targets on the second half of every row."""
+def random_batch(seed: int, clips: int = 0) -> Batch:
+    """Every row: a clip (or none) at positions 2..2+Q, targets on the second half."""
     rng = np.random.default_rng(seed)
-    b = empty_batch(B, L, 0, 4, 32)
+    b = empty_batch(B, L, clips, 4, 32)
     b.tokens[:], b.targets[:] = rng.integers(0, 512, (2, B, L))
     b.loss_weights[:, L // 2 :] = 1.0
     b.positions[:], b.segment_ids[:] = np.arange(L), 1
+    if clips:
+        b.visual_index[:, 2 : 2 + Q] = np.arange(Q)
+        b.frames[:] = rng.integers(0, 255, b.frames.shape)
+        b.frame_geometry[:], b.clip_mask[:], b.clip_segment_ids[:] = [0, 0, 32, 32], True, 1
     return b
 
 
@@ -74,3 +79,38 @@ def saved_and_restored(now: state.TrainState, abstract: state.TrainState, folder
         found = checkpoints.restore(abstract)
     assert found is not None
     return found[1]
+
+
+# What gradients are summed with. Parameters are gathered by other means, whether they train or not.
+SUMS = ("all-reduce", "reduce-scatter")
+STAGES = {
+    "align": {"connector": "1e-3", "llm": "0"},
+    "vision": {"vision_tower": "1e-3", "connector": "1e-3", "llm": "0"},
+}
+
+
+def summed(experiment, stage: str) -> tuple[float, dict[str, int]]:
+    """(bytes that a device sends to sum over devices, bytes of each component's gradient)."""
+    e = experiment({RATES + name: rate for name, rate in STAGES[stage].items()})
+    mesh = sharding.make_mesh(MeshConfig())  # data alone: nothing but gradients is summed
+    with jax.set_mesh(mesh):
+        program = step.build(e, mesh)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(0, clips=1)
+        )
+        text = program.lower(shapes).compile().as_text()
+    totals = hlo.totals(text, dict(mesh.shape))
+    sizes: dict[str, int] = {}
+    for name, shape in (program.abstract.params | program.abstract.frozen).items():
+        component = state.component_of(name)
+        sizes[component] = sizes.get(component, 0) + 4 * shape.size
+    return sum(c.bytes for c in totals.collectives if c.kind in SUMS), sizes
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_parts_exchange_no_gradients(experiment, stage):
+    """A ring sums n bytes over eight devices by sending 2 * 7/8 * n; beside them only scalars."""
+    sent, sizes = summed(experiment, stage)
+    moving = sum(sizes[name] for name, rate in STAGES[stage].items() if rate != "0")
+    assert sent == pytest.approx(2 * 7 / 8 * moving, rel=0.01)
+    assert moving < 0.9 * sum(sizes.values())  # so that what is frozen would show
