@@ -35,7 +35,7 @@ def main() -> None:
         run(command, rest)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         if debug:
             raise
         sys.exit(_fail(command, error))

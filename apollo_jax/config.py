@@ -85,6 +85,11 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints
+    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # what bad steps do, see guard.py
+    spike_factor: float = 0.0  # times the median loss or gradient norm: bad as well; 0 = never
+    max_bad_steps: int = 10  # in a row, with skip and rewind
+    join_seconds: int = 300  # that a process waits for the others at the start
+    heartbeat_seconds: int = 60  # of silence after which a process counts as dead
 
 
 @dataclass(frozen=True)
@@ -149,9 +154,12 @@ def _problems(e: Experiment) -> Iterator[str]:
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:
         yield f"config.train.loss_chunk is {e.train.loss_chunk}; 0 = all positions at once"
-    for name in ("num_steps", "log_every", "checkpoint_every", "keep"):
+    positive = ("num_steps", "log_every", "checkpoint_every", "keep")
+    for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):
         if getattr(e.train, name) < 1:
             yield f"config.train.{name} is {getattr(e.train, name)}, must be at least 1"
+    if e.train.spike_factor and e.train.spike_factor <= 1:
+        yield f"config.train.spike_factor is {e.train.spike_factor}, must be 0 or above 1"
     if e.evaluation.every and not e.evaluation.sources:
         yield "config.evaluation.every is set but config.evaluation.sources is empty"
 

@@ -9,6 +9,7 @@ and is a function of (seed, row) alone. Only then are frames decoded, straight i
 The state is the next step, so it may be continued by any number of processes or threads.
 """
 
+import collections
 import functools
 import logging
 import math
@@ -89,6 +90,8 @@ class Loader:
             list(self._sources), list(self._sources.values()), self._maker, self._size_of
         )
         self._seen = self._bad = 0
+        # (step, where its rows are planned) of the last batches, should someone ask what they held.
+        self._latest: collections.deque[tuple[int, tuple[int, int]]] = collections.deque(maxlen=4)
         self._iterator = None
         self._start(0, (0, 0))
 
@@ -128,6 +131,7 @@ class Loader:
     def __next__(self) -> tuple[Batch, LoadStats]:
         assert self._iterator is not None, "the loader was closed"
         batch, stats, cursor = next(self._iterator)
+        self._latest.append((self._next_step, self._cursor))
         self._next_step, self._cursor = self._next_step + 1, cursor
         self._judge(stats)
         return batch, stats
@@ -156,6 +160,18 @@ class Loader:
                 "records:\n  " + "\n  ".join(changed) + "\nrestore these, or start a new run"
             )
         self._start(state["next_step"], (state["window"], state["window_first_row"]))
+
+    def records(self, step: int) -> list[str]:
+        """Ids of the records, in all rows, of a batch among the last few; none for an older one."""
+        cursor = dict(self._latest).get(step)
+        if cursor is None:
+            return []
+        config = self._config
+        budget = config.length, config.clips
+        plan = Plan(self._mixture, self._sizes_of, *budget, seed=config.seed, start=cursor)
+        rows, _ = plan.rows(step * config.batch_size, config.batch_size)
+        sources = list(self._sources.values())
+        return [sources[source][record].id for row in rows for source, record in row]
 
     def close(self) -> None:
         """Ends the reading threads."""

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rich.console import Console
 
 from apollo_jax.checkpoints.run import CHECKPOINTS, CONFIG, TOKENIZER
 from apollo_jax.config import Experiment
+from apollo_jax.training import agreement
 from apollo_jax.training.state import Arrays, Shapes, TrainState
 from data_pipeline.tokenizer import Tokenizer
 
@@ -55,7 +57,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike, *, keep: int = 1, read_only: bool = False):
         self.workdir = Path(workdir).absolute()
         self.console = Console(stderr=True, quiet=jax.process_index() != 0)
-        self.read_only = read_only
+        self.read_only, self.failed = read_only, False
         self.options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             step_format_fixed_length=8,
@@ -74,13 +76,47 @@ class Checkpoints:
         return ocp.CheckpointManager(folder, options=self.options, item_handlers=handlers)
 
     def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
-        """Save the state after `step` steps, and the data iterator's; returns once copied."""
+        """Save the state after `step` steps, and the data iterator's; returns once copied.
+
+        Raises OSError if that, or the save before, could not be written; what was saved stays.
+        """
         items = ocp.args.Composite(
             weights=_by_layer({**state.params, **state.frozen}),
             optimizer=ocp.args.PyTreeSave(state.opt_state),
             loop=ocp.args.JsonSave({"step": step, "data": data}),
         )
-        self.manager.save(step, args=items, force=True)
+        with self._explained():
+            self.manager.save(step, args=items, force=True)
+
+    def check(self) -> None:
+        """OSError as `save` if the save that goes on in the background has failed."""
+        with self._explained():
+            self.manager.check_for_errors()
+
+    def wait(self) -> None:
+        """Until what was given to `save` is written; OSError as there."""
+        with self._explained():
+            self.manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failed = True
+            left = shutil.disk_usage(self.workdir).free
+            whole = max(self._whole(), default=0)
+            stays = f"the checkpoint of step {whole} stays" if whole else "no checkpoint was"
+            raise OSError(
+                f"{self.workdir}: a checkpoint could not be written ({left / 1e9:,.1f} GB are free "
+                f"there); {stays} saved. Make room, then run the same command to go on.\n"
+                f"{_first_line(error)}"
+            ) from error
+
+    def _whole(self) -> list[int]:
+        """Steps of the checkpoints that have their name: they were written to the end."""
+        folder = self.workdir / CHECKPOINTS
+        return [int(p.name) for p in folder.iterdir() if p.name.isdigit()]
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, Any]] | None:
         """(step, state, data iterator's state) of the latest whole checkpoint; None without any."""
@@ -129,7 +165,9 @@ class Checkpoints:
         torn: dict[int, str] = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             found, problem = self._try(step, items)
-            if found is not None:
+            # A process alone may have read the part that is damaged.
+            problem = next(filter(None, agreement.hear(problem)), "")
+            if not problem:
                 self._set_aside(torn, step)
                 return found
             torn[step] = problem
@@ -144,7 +182,7 @@ class Checkpoints:
         try:  # a read that fails leaves coroutines behind, each of which would be reported
             return self.manager.restore(step, args=items), ""
         except Exception as error:
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+            problem = f"{type(error).__name__}: {_first_line(error)[:160]}"
         finally:
             gc.collect()
             sys.unraisablehook = hook
@@ -164,8 +202,10 @@ class Checkpoints:
             self.manager = self._open()
 
     def close(self) -> None:
-        """Wait for the last save to be complete."""
-        self.manager.wait_until_finished()
+        """Wait for the last save to be complete; OSError as `save` if it could not be written."""
+        if self.failed:  # and has been told
+            return
+        self.wait()
         self.manager.close()
 
 
@@ -185,6 +225,10 @@ def _like(abstract: Any) -> ocp.args.PyTreeRestore:
     """Restore into the structure, dtypes and shardings of a tree of ShapeDtypeStructs."""
     how = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(item=abstract, restore_args=how)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _move(folder: Path, target: Path) -> None:

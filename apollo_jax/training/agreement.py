@@ -73,7 +73,7 @@ def _adder() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
 
 def stop(said: str, reason: str = "") -> NoReturn:
     """ValueError, the same in all processes: the reason, and what any process has to say."""
-    heard = _hear(said)
+    heard = hear(said)
     if len(set(heard)) == 1:
         lines = [heard[0]]
     else:
@@ -83,7 +83,7 @@ def stop(said: str, reason: str = "") -> NoReturn:
 
 def stop_if_any(said: str) -> None:
     """Raises as `stop` if any process has something to say; waits for all."""
-    if jax.process_count() > 1 and any(_hear(said)):
+    if jax.process_count() > 1 and any(hear(said)):
         stop(said)
 
 
@@ -94,7 +94,7 @@ def stop_if_too_many(bad: int, seen: int, share: float, latest: str) -> None:
         stop(latest, f"{reason}; the latest:")
 
 
-def _hear(said: str) -> list[str]:
+def hear(said: str) -> list[str]:
     """What each process says."""
     if jax.process_count() == 1:
         return [said]

@@ -22,6 +22,8 @@ FREE = (
     "train.offload_optimizer", "evaluation.*", "mesh.*", "init_from", "init_parts.*", "topology",
     "data.frames", "data.tokenizer", "data.threads", "data.prefetch", "data.max_bad_share",
     "data.sources.*.path", "data.sources.*.data_dir", "data.sizes", "data.layout",
+    "train.on_nonfinite", "train.spike_factor", "train.max_bad_steps", "train.join_seconds",
+    "train.heartbeat_seconds",
 )  # fmt: skip
 
 

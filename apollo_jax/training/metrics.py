@@ -7,7 +7,6 @@ the device, and before a checkpoint is saved, so that no saved step lacks its li
 
 import datetime
 import json
-import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,8 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 
 from apollo_jax.training import agreement
+from apollo_jax.training.goodput import Goodput
+from apollo_jax.training.guard import BAD_STEPS, Guard, Measured, finite
 from data_pipeline.loader import Counts, LoadStats
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -31,7 +32,8 @@ class MetricLog:
     """Takes every step's metrics, writes those of every `every`-th step and of the last.
 
     What became of the samples of each of `sources` is summed over all processes then, and more of
-    them bad than `max_bad_share` stop all processes with the same ValueError.
+    them bad than `max_bad_share` stop all processes with the same ValueError. Each step's loss and
+    gradient norm are shown to `guard`, which raises ValueError where they must stop the run.
     """
 
     def __init__(
@@ -43,9 +45,13 @@ class MetricLog:
         every: int,
         sources: Sequence[str] = (),
         max_bad_share: float = 1.0,
+        guard: Guard | None = None,
+        goodput: Goodput | None = None,
     ):
         self.start, self.num_steps, self.every = start, num_steps, every
-        self.max_bad_share = max_bad_share
+        self.max_bad_share, self.guard = max_bad_share, guard
+        self.goodput = Goodput() if goodput is None else goodput
+        self.judged = start  # the step up to which the guard has seen all, or is not to
         self.counts = {name: np.zeros(len(Counts._fields), np.int64) for name in sources}
         self.new = np.zeros((len(sources), len(Counts._fields)), np.int32)  # of this process
         self.summed: jax.Array | np.ndarray | None = None  # new ones of all, not added yet
@@ -53,7 +59,8 @@ class MetricLog:
         self.console = Console()
         self.primary = jax.process_index() == 0
         if self.primary:
-            forget_after(workdir / METRICS, start)
+            for name in (METRICS, BAD_STEPS):
+                forget_after(workdir / name, start)
             self.file = open(workdir / METRICS, "a")  # noqa: SIM115  closed by close()
             self.board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
         self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
@@ -125,16 +132,13 @@ class MetricLog:
         return sum(int(c[2] + c[3]) for c in self.counts.values())
 
     def flush(self) -> None:
-        """Wait for the pending step and write its metrics. ValueError if its loss is not finite."""
+        """Wait for the pending step, have it judged and write its metrics."""
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
-        loss = float(metrics["loss"])
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss of step {step} is {loss}; it is not saved. Lower the learning rates or "
-                "look at the batch, then run the same command to go on from the last checkpoint"
-            )
+        loss, norm = map(float, jax.device_get((metrics["loss"], metrics["grad_norm"])))
+        if self.guard is not None and step > self.judged:
+            self.guard.see(Measured(step, loss, norm))
         if self._is_logged(step):
             self._judge()
             values = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
@@ -148,10 +152,12 @@ class MetricLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard."""
         if self.primary:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
+            known = {name: finite(value) for name, value in values.items()}
+            self.file.write(json.dumps({"step": step, **known}) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            for name, value in known.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def _rates(self, step: int) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
@@ -170,6 +176,8 @@ class MetricLog:
             "fill_tokens": fill_tokens,
             "fill_clips": fill_clips,
             "bad_records": self.bad,
+            **({"bad_steps": self.guard.bad} if self.guard else {}),
+            **self.goodput.shares(),
             **data,
         }
 
@@ -181,7 +189,8 @@ class MetricLog:
             fates = zip(Counts._fields[1:], others, strict=True)
             told = ", ".join(f"{count:,} {what}" for what, count in fates if count)
             parts.append(f"{name} {seen:,}" + f" ({told})" * bool(told))
-        return "samples: " + ", ".join(parts)
+        bad = self.guard.bad if self.guard else 0
+        return "samples: " + ", ".join(parts) + f"; {bad:,} bad steps" * bool(bad)
 
     def _progress(self, step: int, values: Mapping[str, float]) -> None:
         """The progress line: rewritten on a terminal, else a line every few seconds."""

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -34,7 +35,7 @@ from data_pipeline.batch import Batch
 
 Metrics = dict[str, jax.Array]
 # The old state's memory is reused: drop it.
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limits of `update`])
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
 LossSums = Callable[[Apollo, Batch], losses.Sums]
 BY_POSITION = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index")
@@ -98,12 +99,17 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
     update = make_update(graphdef, tx, schedules, sums, abstract)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (count, params, opt_state), metrics = update(_moving(state), state.frozen, batch)
+    def train_step(
+        state: TrainState, batch: Batch, limits: np.ndarray | None = None
+    ) -> tuple[TrainState, Metrics]:
+        moved, metrics = update(_moving(state), state.frozen, batch, limits)
+        count, params, opt_state = moved
         return TrainState(count, params, state.frozen, opt_state), metrics
 
     def lower(batch: Batch) -> jax.stages.Lowered:
-        return update.lower(_moving(abstract), abstract.frozen, batch)
+        skips = train.on_nonfinite == "skip"
+        limits = jax.ShapeDtypeStruct((2,), jnp.float32) if skips else None
+        return update.lower(_moving(abstract), abstract.frozen, batch, limits)
 
     return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
 
@@ -118,11 +124,13 @@ def make_update(
     """Jitted (what moves, frozen, batch) -> (what moves, metrics); what moved is overwritten.
 
     `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
+    Given `limits` f32[2], parameters and moments stay what they were, bit for bit, unless loss and
+    gradient norm are below them (infinity: unless they are finite).
     """
     places = jax.tree.map(lambda s: s.sharding, _moving(abstract))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
-    def update(moving: tuple, frozen: Arrays, batch: Batch):
+    def update(moving: tuple, frozen: Arrays, batch: Batch, limits: Any = None):
         count, params, opt_state = moving
         opt_state = on_device(opt_state, abstract.opt_state)
 
@@ -137,6 +145,10 @@ def make_update(
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, opt_state = tx.update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
+        if limits is not None:
+            good = jnp.all(jnp.stack([metrics["loss"], metrics["grad_norm"]]) < limits)
+            new = (params, opt_state)
+            params, opt_state = jax.tree.map(partial(jnp.where, good), new, moving[1:])
         return (count + 1, params, opt_state), metrics
 
     return update

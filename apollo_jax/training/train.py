@@ -22,8 +22,10 @@ from rich.console import Console
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.config import Experiment, load, parse_overrides
-from apollo_jax.training import agreement, checks, losses, stages
+from apollo_jax.training import agreement, checks, losses, processes, stages
 from apollo_jax.training.agreement import Feed
+from apollo_jax.training.goodput import Goodput
+from apollo_jax.training.guard import Guard
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
@@ -54,18 +56,9 @@ def main(argv: list[str]) -> None:
     args, rest = parser.parse_known_args(argv)
     experiment = load(args.config, parse_overrides(rest))
     if args.distributed:
-        _join(args.distributed)
-    train(experiment, args.workdir)
-
-
-def _join(how: str) -> None:
-    if how == "auto":
-        return jax.distributed.initialize()
-    try:
-        address, count, index = how.split(",")
-        jax.distributed.initialize(address, int(count), int(index))
-    except ValueError:
-        raise ValueError(f"--distributed {how}: must be HOST:PORT,COUNT,INDEX or auto") from None
+        processes.join(args.distributed, experiment)
+    with processes.parting():
+        train(experiment, args.workdir)
 
 
 def train(experiment: Experiment, workdir: Path) -> bool:
@@ -74,24 +67,28 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     Raises ValueError or FileNotFoundError, before `workdir` is touched, for a config, data or
     starting weights that do not fit.
     """
+    goodput = Goodput()
     tokenizer = checks.tokenizer_of(experiment)
     begun = checks.continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.layout(experiment, mesh.shape)
     loader = _open_loader(experiment.data, experiment.train.num_steps, mesh)
+    processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         checks.memory(experiment, program.abstract, mesh.shape)
         shapes = {**program.abstract.params, **program.abstract.frozen}
         console.print(stages.start_up_table(shapes, experiment.optimizer.learning_rates))
-        step, state, data = _start(experiment, workdir if begun else None, program)
-        if data is not None:
-            loader.set_state(data)
+        with goodput.during("checkpoint" if begun else "start"):
+            step, state, saved = _start(experiment, workdir if begun else None, program)
+        if saved is not None:
+            loader.set_state(saved)
         multihost_utils.sync_global_devices("all have seen what the folder held")
         manager.write_run(workdir, experiment, tokenizer)
-        run = Run(experiment, workdir, mesh, program, loader)
-        return _loop(run, step, state)
+        judged = None if saved is None else saved.get("guard")
+        guard = Guard(experiment.train, workdir, lambda n: loader.records(n - 1), judged)
+        return _loop(Run(experiment, workdir, mesh, program, loader, guard, goodput), step, state)
 
 
 class Run(NamedTuple):
@@ -102,6 +99,8 @@ class Run(NamedTuple):
     mesh: Mesh
     program: Program
     loader: Loader
+    guard: Guard
+    goodput: Goodput
 
 
 def _loop(run: Run, start: int, state: TrainState) -> bool:
@@ -117,31 +116,72 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
             every=train.log_every,
             sources=list(run.experiment.data.sources),
             max_bad_share=run.experiment.data.max_bad_share,
+            guard=run.guard,
+            goodput=run.goodput,
         )
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         for resource in (log, checkpoints):
             stack.enter_context(contextlib.closing(resource))
+        stack.push(processes.leave)
         stop = stack.enter_context(StopSignal())
+        during = run.goodput.during
+        stack.enter_context(during("step"))
+        first = 0 if train.on_nonfinite == "rewind" and not start else start + 1  # to be saved
         for step in range(start, train.num_steps + 1):
             done, stopped = step == train.num_steps, stop.requested(step)
-            if every and step > start and (done or step % every == 0):
+            evaluates = every and step > start and (done or step % every == 0)
+            saves = step >= first and (done or stopped or step % train.checkpoint_every == 0)
+            if evaluates or saves:
                 log.agree()
-                log.write(step, _evaluate(run, state))
-            if step > start and (done or stopped or step % train.checkpoint_every == 0):
-                log.agree()
+                state = _judged(run, step, state, log, checkpoints)
+            if evaluates:
+                with during("evaluation"):
+                    log.write(step, _evaluate(run, state))
+            if saves:
                 agree(feed.mine, feed.digest)
-                checkpoints.save(step, state, run.loader.get_state())
+                with during("checkpoint"):
+                    data = run.loader.get_state() | {"guard": run.guard.state()}
+                    checkpoints.save(step, state, data)
+            checkpoints.check()
             if done or stopped:
                 break
             began = time.perf_counter()
-            rows, stats = next(feed)
+            with during("data"):
+                rows, stats = next(feed)
             waited = time.perf_counter() - began
-            state, metrics = run.program.train_step(state, place(rows, run.mesh))
+            with during("compile" if step == start else "step"):
+                limits = run.guard.limits(step + 1) if train.on_nonfinite == "skip" else None
+                state, metrics = run.program.train_step(state, place(rows, run.mesh), limits)
             log.push(step + 1, metrics, stats, waited, feed.error)
-        console.print(log.summary(), soft_wrap=True, markup=False, highlight=False)
+            state = _judged(run, step + 1, state, log, checkpoints)
+        with during("checkpoint"):
+            checkpoints.close()
+        for line in (log.summary(), run.goodput.line()):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     what = "trained" if done else "stopped on a signal, saved; the same command continues"
     console.print(f"{run.workdir}: {what}, {step} of {train.num_steps} steps")
     return done
+
+
+def _judged(
+    run: Run, step: int, state: TrainState | None, log: MetricLog, checkpoints: manager.Checkpoints
+) -> TrainState:
+    """The state to go on with after `step`: the last checkpoint's, if the guard wants to go back.
+
+    Steps in between were taken from it: their batches are stepped over, and what was found out
+    about them since is not judged again.
+    """
+    assert state is not None
+    if not run.guard.rewind:
+        return state
+    like, state = state.step.sharding, None  # its memory is needed
+    with run.goodput.during("checkpoint"):
+        checkpoints.wait()
+        found = checkpoints.restore(run.program.abstract)
+    assert found is not None, "a run that may rewind begins with a checkpoint"
+    log.judged, run.guard.rewind = step, False
+    console.print(f"parameters and moments of step {found[0]}, going on after step {step}")
+    return found[1]._replace(step=jax.device_put(np.int32(step), like))
 
 
 def _start(

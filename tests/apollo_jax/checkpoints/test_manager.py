@@ -2,6 +2,7 @@
 """Checkpoints come back bit for bit; damaged and unfinished ones are never chosen."""
 
 import os
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -186,3 +187,33 @@ def test_an_export_reads_layer_by_layer(tmp_path, monkeypatch):
     assert np.prod(stored.chunks("llm/a/0/kernel")) * 4 <= 1 << 10
     for name, array in {**state.params, **state.frozen}.items():
         assert np.array_equal(stored.read(name), array)
+
+
+def test_a_checkpoint_that_another_process_cannot_read_gives_way_in_all(run, monkeypatch, capsys):
+    heard = iter([["", "DataLossError: cut off"], ["", ""]])
+    monkeypatch.setattr(manager.agreement, "hear", lambda said: next(heard))
+    assert restore(run)[0] == 2
+    assert "damaged (DataLossError: cut off); going on from step 2" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_a_disk_that_is_full_leaves_what_was_saved(run):
+    """No file may grow beyond 1 kB: what a write then says stands for a full disk's answer."""
+    checkpoints = Checkpoints(run, keep=2)
+    before = {p: p.read_bytes() for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+
+    def save() -> None:
+        checkpoints.save(4, make_state(4), {"next_step": 4})
+        checkpoints.wait()
+
+    try:
+        with pytest.raises(OSError, match=r"the checkpoint of step 3 stays saved\. Make room"):
+            save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoints.close()
+    assert before == {p: p.read_bytes() for p in before}
+    assert restore(run)[0] == 3

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from apollo_jax.config import TrainConfig
+from apollo_jax.training.guard import BAD_STEPS, Guard
 from apollo_jax.training.metrics import METRICS, MetricLog, forget_after
 from data_pipeline.loader import Counts, LoadStats
 
@@ -55,11 +57,28 @@ def test_writes_the_previous_step(log, tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_loss_that_is_no_number_stops(log):
-    log = log(start=0, num_steps=5, every=2)
+def test_a_loss_that_is_no_number_stops(log, tmp_path):
+    log = log(start=0, num_steps=5, every=2, guard=Guard(TrainConfig(5), tmp_path))
     log.push(1, metrics(float("nan")), STATS, waited=0.0)
     with pytest.raises(ValueError, match="the loss of step 1 is nan"):
         log.flush()
+
+
+def test_a_loss_that_is_no_number_is_null_where_the_run_goes_on(log, tmp_path):
+    guard = Guard(TrainConfig(5, on_nonfinite="skip"), tmp_path, lambda step: ["a", "b"])
+    log = log(start=0, num_steps=5, every=1, guard=guard)
+    log.push(1, metrics(float("nan")), STATS, waited=0.0)
+    log.flush()
+    (line,) = lines(tmp_path)
+    assert (line["loss"], line["bad_steps"]) == (None, 1)
+    assert sum(value for name, value in line.items() if "goodput" in name) == pytest.approx(1)
+    assert log.summary().endswith("; 1 bad steps")
+    (said,) = map(json.loads, (tmp_path / BAD_STEPS).read_text().splitlines())
+    assert said["records"] == ["a", "b"]
+    log.close()
+    resumed = MetricLog(tmp_path, start=0, num_steps=5, every=1)
+    resumed.close()
+    assert not (tmp_path / BAD_STEPS).read_text()
 
 
 def test_bad_records_are_named_and_counted(log, tmp_path, capsys):
