@@ -164,19 +164,19 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
 
 
 def _judged(
-    run: Run, step: int, state: TrainState | None, log: MetricLog, checkpoints: manager.Checkpoints
+    run: Run, step: int, state: TrainState, log: MetricLog, checkpoints: manager.Checkpoints
 ) -> TrainState:
     """The state to go on with after `step`: the last checkpoint's, if the guard wants to go back.
 
     Steps in between were taken from it: their batches are stepped over, and what was found out
     about them since is not judged again.
     """
-    assert state is not None
     if not run.guard.rewind:
         return state
-    like, state = state.step.sharding, None  # its memory is needed
+    like = state.step.sharding
     with run.goodput.during("checkpoint"):
         checkpoints.wait()
+        jax.tree.map(jax.Array.delete, state)  # there is no memory for two
         found = checkpoints.restore(run.program.abstract)
     assert found is not None, "a run that may rewind begins with a checkpoint"
     log.judged, run.guard.rewind = step, False
