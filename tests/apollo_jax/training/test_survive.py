@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,10 +139,12 @@ class Company:
 def test_killed_told_to_stop_and_continued_by_fewer(texts, whole, begun):
     """4 processes, one killed; 2, one told to stop; 1 to the end: as if nothing had been."""
     mishap = MISHAP.format(nth=3, signal="9")
-    begin = time.monotonic()
-    statuses, said = Company(texts, begun, 4, devices=2, mains={2: mishap}).end()
+    company = Company(texts, begun, 4, devices=2, mains={2: mishap})
+    company.all[2].wait(timeout=300)
+    killed = time.monotonic()
+    statuses, said = company.end()
     assert statuses == [AGAIN, AGAIN, -signal.SIGKILL, AGAIN], said
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - killed < load(f"{SMALL}:{texts}").train.heartbeat_seconds
     for i in (0, 1, 3):
         assert f"process {i} lost the others of the run and stops" in said[i]
         assert "Start all of them again with the same command" in said[i]
@@ -212,7 +215,9 @@ def weights_of(workdir: Path, step: int) -> dict[str, np.ndarray]:
     folder = workdir / "checkpoints" / f"{step:08d}"
     arrays = {}
     for part in ("weights", "optimizer"):
-        restored = ocp.PyTreeCheckpointer().restore(folder / part)
+        with warnings.catch_warnings():  # that the devices may be others now
+            warnings.simplefilter("ignore")
+            restored = ocp.PyTreeCheckpointer().restore(folder / part)
         for path, leaf in jax.tree_util.tree_leaves_with_path(restored):
             arrays[part + jax.tree_util.keystr(path)] = np.asarray(leaf)
     return arrays
