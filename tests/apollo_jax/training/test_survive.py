@@ -7,7 +7,6 @@ One run of one process is the measure; all others continue copies of it.
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -101,7 +100,6 @@ class Company:
         roots: Sequence[Path] = (),
         alone: bool = False,
         mains: dict[int, str] | None = None,
-        preexec=None,
     ):
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -126,7 +124,6 @@ class Company:
                     text=True,
                     cwd=root,
                     env=os.environ | environ,
-                    preexec_fn=preexec,
                 )
             )
 
@@ -193,11 +190,9 @@ def test_a_process_that_is_alone_gives_up(texts, begun):
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(texts, whole, begun):
     """No file may grow beyond 100 kB: what a write then says stands for a full disk's answer."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); " + MAIN
     before = {p: p.read_bytes() for p in (begun / "checkpoints").rglob("*") if p.is_file()}
-    statuses, said = Company(texts, begun, 1, preexec=limit).end()
+    statuses, said = Company(texts, begun, 1, mains={0: limited}).end()
     assert statuses == [2], said
     assert "a checkpoint could not be written" in said[0], said
     assert "the checkpoint of step 2 stays saved. Make room" in said[0]
