@@ -133,6 +133,7 @@ def make_update(
     def update(moving: tuple, frozen: Arrays, batch: Batch, limits: Any = None):
         count, params, opt_state = moving
         opt_state = on_device(opt_state, abstract.opt_state)
+        old = (params, opt_state)
 
         def loss_fn(params: Arrays):
             sums = loss_sums(merge(graphdef, params, frozen), batch)
@@ -148,7 +149,7 @@ def make_update(
         if limits is not None:
             good = jnp.all(jnp.stack([metrics["loss"], metrics["grad_norm"]]) < limits)
             new = (params, opt_state)
-            params, opt_state = jax.tree.map(partial(jnp.where, good), new, moving[1:])
+            params, opt_state = jax.tree.map(partial(jnp.where, good), new, old)
         return (count + 1, params, opt_state), metrics
 
     return update
