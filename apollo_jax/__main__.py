@@ -12,6 +12,7 @@ COMMANDS = {
     "shards": ("data_pipeline.shards", "list, show, verify and repair shards of frames"),
     "data": ("apollo_jax.data", "check the data of an experiment before training, look at samples"),
     "train": ("apollo_jax.training.train", "train one stage, or continue it"),
+    "contrastive": ("apollo_jax.training.contrastive", "pretrain encoders on clips and captions"),
     "evaluate": ("apollo_jax.evaluation.evaluate", "score a checkpoint on a benchmark"),
     "generate": ("apollo_jax.inference.generate", "answer a question about a video"),
     "chat": ("apollo_jax.inference.chat", "talk about a video in the terminal"),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening checkpoints: whatever lies at a path, described and not yet read."""
 
+import json
 import os
 import warnings
 from dataclasses import replace
@@ -30,7 +31,8 @@ from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.translate import Arrays, Renamed
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
-from apollo_jax.models import apollo
+from apollo_jax.config import from_dict
+from apollo_jax.models import apollo, two_towers
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -165,6 +167,19 @@ def open_run(workdir: Path) -> Checkpoint:
             fresh = fresh_files(own, view, words)
             parts[place] = part_of_weights(own, fresh, view, Arrays({}), {})
     return Checkpoint(config, parts, files)
+
+
+def open_tower(workdir: Path, wanted: layout.PartConfig) -> Checkpoint:
+    """The vision tower of a contrastive run that is of the kind of `wanted`, or its only one."""
+    config = from_dict(
+        two_towers.Config, json.loads((workdir / run.CONFIG).read_text())["model"], "config.model"
+    )
+    towers = list(config.towers.values())
+    same = [i for i, tower in enumerate(towers) if type(tower) is type(wanted)]
+    index = same[0] if same else 0
+    view = below(OrbaxArrays(run.latest_weights(workdir)), tower_place(index))
+    own = towers[index]
+    return _alone(part_of_weights(own, fresh_files(own, view), view, Arrays({}), {}))
 
 
 def _origins(experiment: Any) -> tuple[dict[str, Part], companions.Files]:

@@ -15,6 +15,11 @@ def is_run(path: str | os.PathLike) -> bool:
     return (Path(path) / CONFIG).is_file() and (Path(path) / CHECKPOINTS).is_dir()
 
 
+def is_pairs(path: str | os.PathLike) -> bool:
+    """Whether `path` is the folder of a contrastive run, which has two towers and no decoder."""
+    return is_run(path) and "text" in json.loads((Path(path) / CONFIG).read_text())["model"]
+
+
 def read_experiment(workdir: str | os.PathLike) -> Experiment:
     """The Experiment of a run. ValueError if its config.json does not fit this version."""
     path = Path(workdir) / CONFIG

@@ -76,6 +76,15 @@ def _softmax_backward(kept: tuple[Array, ...], g: Scalar) -> tuple[Array, ...]:
 softmax_loss.defvjp(_softmax_forward, _softmax_backward)
 
 
+def retrieved(x: Rows, y: Rows) -> Scalar:
+    """How many rows find their own among all rows of the other side; the mean of both directions.
+
+    A row that another one equals in its score is not found. No gradient passes.
+    """
+    _, (count,) = _on_ring(_retrieved, tuple(map(jax.lax.stop_gradient, (x, y))), ())
+    return count * x.shape[0]
+
+
 class Ring(NamedTuple):
     """All devices of a mesh, each beside the next."""
 
@@ -227,6 +236,24 @@ def _softmax(own: tuple, theirs: tuple, scale: Scalar, stop: Any) -> tuple[Score
     scores = scale * products
     found = (by_x.shares(scores, axis=1) + by_y.shares(scores, axis=0)) / 2
     return found - _pairs(x, stop).astype(jnp.float32), products
+
+
+# ---- retrieval, on one device
+
+
+def _retrieved(ring: Ring, x: Rows, y: Rows) -> tuple:
+    def visit(stop: Any, best: tuple[Array, Array], their_y: Rows, their_x: Rows) -> tuple:
+        def others(own: Rows, theirs: Rows) -> Array:
+            return jnp.max(jnp.where(_pairs(x, stop), -jnp.inf, _products(own, theirs)), axis=1)
+
+        by_x, by_y = best
+        return jnp.maximum(by_x, others(x, their_y)), jnp.maximum(by_y, others(y, their_x))
+
+    nothing = jnp.full(x.shape[0], -jnp.inf)
+    right = jnp.einsum("id,id->i", x, y, preferred_element_type=jnp.float32)
+    found = [right > best for best in ring.travel(visit, (nothing, nothing), y, x)]
+    hits = jnp.sum(jnp.stack(found).astype(jnp.float32)) / 2
+    return (), (ring.mean(hits, x),)
 
 
 # ---- both

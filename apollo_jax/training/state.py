@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
 from apollo_jax.config import TrainConfig
-from apollo_jax.models import apollo
+from apollo_jax.models import apollo, two_towers
 
 HOST, DEVICE = "pinned_host", "device"  # kinds of memory, as jax calls them
 
+ModelConfig = apollo.Config | two_towers.Config
 Arrays = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
@@ -59,7 +60,7 @@ def merge(graphdef: nnx.GraphDef, *parts: Mapping[str, Any]) -> Any:
 
 
 def abstract_model(
-    config: apollo.Config, train: TrainConfig, trained: tuple[str, ...], mesh: Mesh
+    config: ModelConfig, train: TrainConfig, trained: tuple[str, ...], mesh: Mesh
 ) -> tuple[nnx.GraphDef, Shapes]:
     """The model's graph and, by name, every weight's shape, stored dtype and sharding."""
     graphdef, state = jax.eval_shape(lambda: nnx.split(_build(config, train, seed=0)))
@@ -73,7 +74,7 @@ def abstract_model(
     return graphdef, {name: shape(name, leaf) for name, leaf in flatten(state).items()}
 
 
-def random_weights(config: apollo.Config, train: TrainConfig, shapes: Shapes, seed: int) -> Arrays:
+def random_weights(config: ModelConfig, train: TrainConfig, shapes: Shapes, seed: int) -> Arrays:
     """Fresh weights, made where they will live; the same on any mesh."""
 
     @partial(jax.jit, out_shardings={name: s.sharding for name, s in shapes.items()})
@@ -84,8 +85,9 @@ def random_weights(config: apollo.Config, train: TrainConfig, shapes: Shapes, se
     return init()
 
 
-def _build(config: apollo.Config, train: TrainConfig, seed: int) -> apollo.Apollo:
-    return apollo.Apollo(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(train.dtype))
+def _build(config: ModelConfig, train: TrainConfig, seed: int) -> nnx.Module:
+    make: Any = apollo.Apollo if isinstance(config, apollo.Config) else two_towers.TwoTowers
+    return make(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(train.dtype))
 
 
 def split(weights: Mapping[str, Any], trained: tuple[str, ...]) -> tuple[dict, dict]:

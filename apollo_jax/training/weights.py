@@ -12,7 +12,7 @@ import jax
 
 from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
-from apollo_jax.checkpoints.opening import open_checkpoint
+from apollo_jax.checkpoints.opening import open_checkpoint, open_tower
 from apollo_jax.checkpoints.translate import Renamed
 from apollo_jax.config import Experiment, differences
 from apollo_jax.training.state import Arrays, Shapes, random_weights
@@ -82,7 +82,10 @@ def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
 
 
 def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
-    checkpoint = open_checkpoint(path, compare=jax.process_index() == 0)
+    if run.is_pairs(path):
+        checkpoint = open_tower(Path(path), config)
+    else:
+        checkpoint = open_checkpoint(path, compare=jax.process_index() == 0)
     found = checkpoint.config
     if type(found) is not type(config):
         kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))

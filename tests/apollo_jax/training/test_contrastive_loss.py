@@ -14,7 +14,7 @@ import pytest
 
 from apollo_jax import sharding
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training.contrastive_loss import sigmoid_loss, softmax_loss
+from apollo_jax.training.contrastive_loss import retrieved, sigmoid_loss, softmax_loss
 
 ROOT = Path(__file__).parents[3]
 WIDTH = 24
@@ -139,6 +139,15 @@ def test_gradients_follow_the_cotangent(name):
     with jax.set_mesh(mesh()):
         thrice = jax.jit(jax.grad(lambda *a: 3.0 * LOSSES[name][0](*a), BOTH))(*arguments)
     assert_close(thrice, [3.0 * np.asarray(d, np.float64) for d in once])
+
+
+def test_retrieval_is_counted_in_both_directions():
+    x, y = rows(24)
+    scores = np.asarray(x, np.float64) @ np.asarray(y, np.float64).T
+    best = [np.argmax(scores, axis=axis) == np.arange(24) for axis in (0, 1)]
+    assert not np.array_equal(*best)
+    with jax.set_mesh(mesh()):
+        assert jax.jit(retrieved)(x, y) == np.mean(best) * 24
 
 
 def test_rows_that_do_not_divide_are_named():

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`apollo-jax contrastive`: pretrains encoders on clips and captions, on the data path of Apollo.
+
+A row of the loader's batch is one pair: it has one clip slot, and what its conversation teaches
+(`loss_weights`) is the caption. All else is the loop of `apollo-jax train`. `init_parts.towers` of
+an Apollo's config accepts the folder of such a run.
+
+B pairs, T caption tokens.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+from ml_collections import ConfigDict
+
+from apollo_jax import sharding
+from apollo_jax.checkpoints import manager, run
+from apollo_jax.config import (
+    EvalConfig,
+    OptimizerConfig,
+    TrainConfig,
+    differences,
+    from_dict,
+    load_module,
+    override,
+    parse_overrides,
+)
+from apollo_jax.models import two_towers
+from apollo_jax.sharding import MeshConfig
+from apollo_jax.training import contrastive_loss, losses
+from apollo_jax.training import train as training
+from apollo_jax.training.optimizer import make_optimizer, make_schedules
+from apollo_jax.training.state import (
+    TrainState,
+    abstract_model,
+    abstract_state,
+    create,
+    random_weights,
+)
+from apollo_jax.training.step import Metrics, Program, make_eval_step, make_update
+from data_pipeline.batch import Batch
+from data_pipeline.loader import DataConfig
+from data_pipeline.tokenizer import Tokenizer
+
+console = training.console
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rate of each component; 0 freezes it."""
+
+    vision_tower: float = 1e-3
+    text: float = 1e-3
+    heads: float = 1e-3  # pooling, projections, temperature and bias
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """All that determines a contrastive run; `optimizer.learning_rates` is not read, `rates` is."""
+
+    name: str
+    model: two_towers.Config
+    data: DataConfig
+    train: TrainConfig
+    rates: Rates = Rates()
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+
+    def __post_init__(self):
+        if problems := list(_problems(self)):
+            raise ValueError("config does not fit together:\n  " + "\n  ".join(problems))
+
+
+def _problems(c: Contrastive) -> Iterator[str]:
+    if c.data.clips != 1:
+        yield f"config.data.clips is {c.data.clips}, a row of a contrastive batch is one pair: 1"
+    if c.data.frame_size != c.model.frame_size:
+        size = c.model.frame_size
+        yield f"config.data.frame_size is {c.data.frame_size}, the towers take {size}"
+    if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
+        yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
+
+
+def main(argv: list[str]) -> None:
+    """Pretrain encoders on pairs as a config file says; the same command continues a run."""
+    parser = argparse.ArgumentParser(
+        "apollo-jax contrastive",
+        description=main.__doc__,
+        epilog="Any field of the config can be set: --config.train.num_steps=100",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
+    parser.add_argument("--workdir", required=True, type=Path)
+    args, rest = parser.parse_known_args(argv)
+    train(load(args.config, parse_overrides(rest)), args.workdir)
+
+
+def load(spec: str, overrides: dict[str, str] | None = None) -> Contrastive:
+    """As `config.load`: the experiment of `FILE[:arg]` with overrides applied."""
+    path, _, arg = spec.partition(":")
+    get_config = load_module(Path(path)).get_config
+    config: ConfigDict = get_config(arg) if arg else get_config()
+    for name, text in (overrides or {}).items():
+        override(config, name, text)
+    return from_dict(Contrastive, config.to_dict())
+
+
+def train(experiment: Contrastive, workdir: Path) -> bool:
+    """Train to the end or to a stop signal; True if all steps are done. Errors as `train.train`."""
+    tokenizer = Tokenizer.from_path(experiment.data.tokenizer)
+    begun = _continues(experiment, workdir)
+    mesh = sharding.make_mesh(experiment.mesh)
+    if experiment.data.batch_size % mesh.size:
+        raise ValueError(
+            f"config.data.batch_size {experiment.data.batch_size} does not divide over the "
+            f"{mesh.size} devices that share the pairs; take a multiple of {mesh.size}"
+        )
+    loader = training._open_loader(experiment.data, experiment.train.num_steps, mesh)
+    with contextlib.closing(loader), jax.set_mesh(mesh):
+        program = build(experiment, mesh)
+        step, state, data = _start(experiment, workdir if begun else None, program)
+        if data is not None:
+            loader.set_state(data)
+        manager.write_run(workdir, experiment, tokenizer)  # pyright: ignore[reportArgumentType]
+        whole: Any = experiment  # has the fields of an Experiment that the loop reads
+        return training._loop(training.Run(whole, workdir, mesh, program, loader), step, state)
+
+
+def _continues(experiment: Contrastive, workdir: Path) -> bool:
+    if not run.is_run(workdir):
+        return False
+    held = from_dict(Contrastive, json.loads((workdir / run.CONFIG).read_text()))
+    if changes := differences(held, experiment):
+        lines = "\n  ".join(changes)
+        raise ValueError(f"{workdir} holds a run with another config (then -> now):\n  {lines}")
+    return True
+
+
+def _start(experiment: Contrastive, begun: Path | None, program: Program) -> tuple:
+    """(step, state, data iterator's state)."""
+    if begun is not None:
+        with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
+            found = checkpoints.restore(program.abstract)
+        if found is not None:
+            console.print(f"continuing {begun} after step {found[0]}")
+            return found
+    shapes = {**program.abstract.params, **program.abstract.frozen}
+    weights = random_weights(experiment.model, experiment.train, shapes, experiment.seed)
+    trained = ", ".join(c for c, rate in asdict(experiment.rates).items() if rate > 0)
+    console.print(f"starting {experiment.name} from random weights; {trained} train")
+    return 0, create(weights, program.abstract, program.tx), None
+
+
+def build(experiment: Contrastive, mesh: Mesh) -> Program:
+    """As `step.build`, with the loss of pairs."""
+    config, rates = experiment.train, asdict(experiment.rates)
+    trained = tuple(c for c, rate in rates.items() if rate > 0)
+    graphdef, shapes = abstract_model(experiment.model, config, trained, mesh)
+    rated = replace(experiment.optimizer, learning_rates=experiment.rates)  # pyright: ignore
+    schedules = make_schedules(rated, config.num_steps)
+    tx = make_optimizer(rated, schedules)
+    abstract = abstract_state(shapes, trained, tx, mesh, offload=config.offload_optimizer)
+    sums: Any = partial(pair_sums, loss=experiment.loss, remat=config.remat)
+    update = make_update(graphdef, tx, schedules, sums, abstract)
+
+    def moving(state: TrainState) -> tuple:
+        return state.step, state.params, state.opt_state
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        (count, params, opt_state), metrics = update(moving(state), state.frozen, batch)
+        return TrainState(count, params, state.frozen, opt_state), metrics
+
+    def lower(batch: Batch) -> jax.stages.Lowered:
+        return update.lower(moving(abstract), abstract.frozen, batch)
+
+    return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
+
+
+def pair_sums(
+    model: two_towers.TwoTowers, batch: Batch, *, loss: str = "sigmoid", remat: str = "none"
+) -> losses.Sums:
+    """Loss, pairs that find each other (R@1 in the batch, mean of both directions), and pairs.
+
+    A row whose record could not be read is a pair of zeros, that pulls at nothing but the bias.
+    """
+    x = jax.tree.map(jnp.asarray, batch)
+    tokens, there = captions(x.targets, x.loss_weights, model.config.text.max_tokens)
+    clips = model.embed_clips(x.frames[:, 0], x.frame_geometry[:, 0], remat=remat)
+    texts = model.embed_captions(tokens, there, remat=remat)
+    whole = (x.clip_mask[:, 0] & there[:, 0])[:, None]
+    clips, texts = (jnp.where(whole, e, jnp.zeros((), e.dtype)) for e in (clips, texts))
+    scale, bias = jnp.exp(model.heads.log_scale[...]), model.heads.bias[...]
+    if loss == "sigmoid":
+        value = contrastive_loss.sigmoid_loss(clips, texts, scale, bias)
+    else:
+        value = contrastive_loss.softmax_loss(clips, texts, scale)
+    pairs = jnp.asarray(clips.shape[0], jnp.float32)
+    return losses.Sums(value * pairs, contrastive_loss.retrieved(clips, texts), pairs)
+
+
+def captions(
+    targets: Int[Array, "B L"], weights: Array, most: int
+) -> tuple[Int[Array, "B {most}"], Bool[Array, "B {most}"]]:
+    """The first `most` tokens that a row teaches, one after the other, and where they are."""
+    learnt = weights > 0
+    order = jnp.argsort(~learnt, axis=1, stable=True)[:, :most]
+    order = jnp.pad(order, ((0, 0), (0, most - order.shape[1])))
+    there = jnp.arange(most) < jnp.sum(learnt, axis=1, keepdims=True)
+    return jnp.where(there, jnp.take_along_axis(targets, order, axis=1), 0), there
