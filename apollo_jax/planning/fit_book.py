@@ -25,7 +25,16 @@ from apollo_jax.planning.topology import parse
 _GIB, _TERA = 2**30, 1e12
 CONFIGS = ("apollo_1p5b", "apollo_3b", "apollo_7b")
 TOLERANCE = 0.02  # of memory, FLOPs and bytes, before the book counts as out of date
-_FACTS = ("chips", "mesh", "hbm_bytes", "memory", "batch", "model_flops", "fits", "largest")
+_FACTS = (
+    "chips",
+    "mesh",
+    "hbm_bytes",
+    "memory",
+    "batch",
+    "model_flops",
+    "fits",
+    "temporaries_at_peak",
+)
 _BOUND = ("compute_seconds", "exposed_exchange_seconds", "step_seconds", "mfu_ceiling",
           "tokens_per_second", "frames_per_second_per_host")  # fmt: skip
 

@@ -42,7 +42,7 @@ class Job:
         """The command that makes it, but for where to."""
         changes = [f"--config.{name}={value}" for name, value in self.overrides]
         plan = [sys.executable, "-m", "apollo_jax", "plan", "--config", self.config]
-        return [*plan, "--topology", self.topology, *changes]
+        return [*plan, "--topology", self.topology, "--no-code", *changes]
 
     def key(self) -> str:
         """The name of its result: a hash of all that the result depends on."""

@@ -7,6 +7,8 @@ the plan cannot know: how far a real run stays behind the bound.
 
 import argparse
 import json
+import os
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -178,8 +180,10 @@ class Plan:
         }
 
 
-def plan(experiment: Experiment, topology: Topology, price: float = 0.0) -> Plan:
+def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: bool = True) -> Plan:
     """Compiles the experiment for the topology; `price` in USD per chip and hour.
+
+    Without `code` the compiler is left before the machine code, see layout_only.
 
     ValueError for a mesh that does not divide, and where the compiler itself fails.
     """
@@ -191,7 +195,7 @@ def plan(experiment: Experiment, topology: Topology, price: float = 0.0) -> Plan
         experiment=experiment.name,
         topology=topology,
         mesh=dict(mesh.shape),
-        compiled=compile_step(experiment, topology),
+        compiled=compile_step(experiment, topology, code),
         needed_flops=model_flops(experiment) / topology.chips,
         rows=data.batch_size,
         tokens=data.batch_size * data.length,
@@ -221,12 +225,15 @@ def main(argv: list[str]) -> None:
         "--topology", required=True, help=f"CHIP:AxB[xC], N*CHIP:AxB, or {', '.join(SLICES)}"
     )
     parser.add_argument("--price", type=float, default=0.0, help="USD per chip and hour")
+    parser.add_argument(
+        "--no-code", action="store_true", help="stop before the machine code: a tenth of the time"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page about it")
     args, rest = parser.parse_known_args(argv)
     use_compiler_only()
     experiment, topology = load(args.config, parse_overrides(rest)), parse(args.topology)
-    facts = plan(experiment, topology, args.price).facts()
+    facts = plan(experiment, topology, args.price, not args.no_code).facts()
     show(Console(), facts)
     if args.json:
         write_atomic(args.json, (json.dumps(facts, indent=1) + "\n").encode())
@@ -237,5 +244,8 @@ def main(argv: list[str]) -> None:
             "hbm_bandwidth": chip.hbm_bandwidth / chip.devices,
         }
         write_atomic(args.html, report_page.page(facts, peaks).encode())
+    if args.no_code:  # a thread of the compiler is left behind, which an exit would wait for
+        sys.stdout.flush()
+        os._exit(not facts["fits"])
     if not facts["fits"]:
         raise SystemExit(1)

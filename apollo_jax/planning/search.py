@@ -26,6 +26,7 @@ from apollo_jax.training import checks
 from apollo_jax.training.step import build
 
 _GIB = 2**30
+CODE = 0.25 * _GIB  # room for the machine code, which is not made: 0.1 for a real step
 REMATS: tuple[str, ...] = get_args(get_type_hints(TrainConfig)["remat"])
 
 console = Console(highlight=False, soft_wrap=True)
@@ -207,8 +208,8 @@ def outcome_of(layout: Layout, facts: Mapping[str, Any] | jobs.Failed) -> Outcom
     """Reads a plan's facts."""
     if isinstance(facts, jobs.Failed):
         return Outcome(layout, refused=f"the compiler failed: {facts}")
-    peak = facts["memory"]["peak"]
-    if not facts["fits"]:
+    peak = facts["memory"]["peak"] + CODE
+    if not facts["fits"] or peak > facts["hbm_bytes"]:
         largest = facts["largest"][0] if facts["largest"] else (0, "?")
         why = _too_large(peak, facts["hbm_bytes"], "its buffers")
         why += f"; the largest has {largest[0] / _GIB:.2f} GiB: {largest[1]}"

@@ -21,7 +21,7 @@ FACTS = {
     "model_flops": 1e14,
     "executed_flops": 1.5e14,
     "fits": True,
-    "largest": [[GIB, "f32[8,8]"]],
+    "temporaries_at_peak": {"gradients": GIB},
     "collectives": [
         dict(kind="all-gather", axes=["fsdp"], count=2, bytes=GIB, asynchronous=GIB),
         dict(kind="all-reduce", axes=["data", "fsdp"], count=1, bytes=GIB, asynchronous=0),

@@ -118,8 +118,10 @@ def test_outcomes_of_plans():
     }
     refused = search.outcome_of(START, facts).refused
     assert refused == (
-        "does not fit: its buffers take 20.00 GiB, 4.00 over; the largest has 1.00 GiB: f32[1]"
+        "does not fit: its buffers take 20.25 GiB, 4.25 over; the largest has 1.00 GiB: f32[1]"
     )
-    facts |= {"fits": True, "bound": {"step_seconds": 1.5}}
+    facts |= {"fits": True, "bound": {"step_seconds": 1.5}, "memory": {"peak": 15.8 * 2**30}}
+    assert "0.05 over" in search.outcome_of(START, facts).refused  # no room for its code
+    facts["memory"] = {"peak": 15 * 2**30}
     assert search.outcome_of(START, facts).seconds == 1.5
     assert "failed: boom" in search.outcome_of(START, jobs.Failed("boom")).refused
