@@ -126,6 +126,9 @@ def recipe(
                 frozen_dtype="bfloat16",
                 remat=stage["remat"],
                 loss_chunk=1024,  # ours: bounds the memory of the logits
+                # ours: a head that trains needs its gradient scattered, one that does not no more
+                # than two products
+                loss_cut="vocabulary" if stage["rates"].llm else "positions",
             ),
             mesh=stage["mesh"],  # published: ZeRO-2; fsdp also shards parameters
             topology=slice_name,

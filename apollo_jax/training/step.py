@@ -97,7 +97,8 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     tx = make_optimizer(experiment.optimizer, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
-    update = make_update(graphdef, tx, schedules, sums, abstract)
+    options = sharding.compiler_options(mesh)
+    update = make_update(graphdef, tx, schedules, sums, abstract, options)
 
     def train_step(
         state: TrainState, batch: Batch, limits: np.ndarray | None = None
@@ -120,6 +121,7 @@ def make_update(
     schedules: Mapping[str, Schedule],
     loss_sums: LossSums,
     abstract: TrainState,
+    options: Mapping[str, str] | None = None,
 ) -> Any:
     """Jitted (what moves, frozen, batch) -> (what moves, metrics); what moved is overwritten.
 
@@ -129,7 +131,12 @@ def make_update(
     """
     places = jax.tree.map(lambda s: s.sharding, _moving(abstract))
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
+    @partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(places, None),
+        compiler_options=dict(options or {}),
+    )
     def update(moving: tuple, frozen: Arrays, batch: Batch, limits: Any = None):
         count, params, opt_state = moving
         opt_state = on_device(opt_state, abstract.opt_state)
