@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 from ml_collections import ConfigDict
@@ -39,6 +41,8 @@ from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import contrastive_loss, losses
 from apollo_jax.training import train as training
+from apollo_jax.training.goodput import Goodput
+from apollo_jax.training.guard import Guard
 from apollo_jax.training.optimizer import make_optimizer, make_schedules
 from apollo_jax.training.state import (
     TrainState,
@@ -119,6 +123,7 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> Contrastive:
 
 def train(experiment: Contrastive, workdir: Path) -> bool:
     """Train to the end or to a stop signal; True if all steps are done. Errors as `train.train`."""
+    goodput = Goodput()
     tokenizer = Tokenizer.from_path(experiment.data.tokenizer)
     begun = _continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
@@ -130,12 +135,17 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
     loader = training._open_loader(experiment.data, experiment.train.num_steps, mesh)
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
-        step, state, data = _start(experiment, workdir if begun else None, program)
-        if data is not None:
-            loader.set_state(data)
+        with goodput.during("checkpoint" if begun else "start"):
+            step, state, saved = _start(experiment, workdir if begun else None, program)
+        if saved is not None:
+            loader.set_state(saved)
+        multihost_utils.sync_global_devices("all have seen what the folder held")
         manager.write_run(workdir, experiment, tokenizer)  # pyright: ignore[reportArgumentType]
         whole: Any = experiment  # has the fields of an Experiment that the loop reads
-        return training._loop(training.Run(whole, workdir, mesh, program, loader), step, state)
+        judged = None if saved is None else saved.get("guard")
+        guard = Guard(whole.train, workdir, lambda n: loader.records(n - 1), judged)
+        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput)
+        return training._loop(begun_run, step, state)
 
 
 def _continues(experiment: Contrastive, workdir: Path) -> bool:
@@ -178,12 +188,17 @@ def build(experiment: Contrastive, mesh: Mesh) -> Program:
     def moving(state: TrainState) -> tuple:
         return state.step, state.params, state.opt_state
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        (count, params, opt_state), metrics = update(moving(state), state.frozen, batch)
+    def train_step(
+        state: TrainState, batch: Batch, limits: np.ndarray | None = None
+    ) -> tuple[TrainState, Metrics]:
+        moved, metrics = update(moving(state), state.frozen, batch, limits)
+        count, params, opt_state = moved
         return TrainState(count, params, state.frozen, opt_state), metrics
 
     def lower(batch: Batch) -> jax.stages.Lowered:
-        return update.lower(moving(abstract), abstract.frozen, batch)
+        limits = jax.ShapeDtypeStruct((2,), jnp.float32)
+        skips = config.on_nonfinite == "skip"
+        return update.lower(moving(abstract), abstract.frozen, batch, limits if skips else None)
 
     return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
 
