@@ -176,7 +176,7 @@ def _judged(
     like = state.step.sharding
     with run.goodput.during("checkpoint"):
         checkpoints.wait()
-        jax.tree.map(jax.Array.delete, state)  # there is no memory for two
+        jax.tree.map(lambda array: array.delete(), state)  # there is no memory for two
         found = checkpoints.restore(run.program.abstract)
     assert found is not None, "a run that may rewind begins with a checkpoint"
     log.judged, run.guard.rewind = step, False

@@ -245,7 +245,8 @@ def test_stop_then_skip_leaves_the_step_out_bit_for_bit(texts, whole, begun, poi
     assert sorted(os.listdir(begun / "checkpoints")) == ["00000002", "00000004"]
     (said,) = bad_steps(begun)
     poison(4, 5)
-    skipping = {"train.on_nonfinite": "skip", "train.checkpoint_every": "1"}
+    every = {"train.checkpoint_every": "1", "train.keep": "9"}
+    skipping = {"train.on_nonfinite": "skip", **every}
     assert train(load(f"{SMALL}:{texts}", skipping), begun)
     out = " ".join(capsys.readouterr().out.split())
     assert "the loss of step 5 is nan; its records: t" in out
