@@ -55,6 +55,7 @@ class Config:
     towers: dict[str, TowerConfig]
     text: TextConfig = TextConfig()
     embedding_size: int = 768
+    frames_per_clip: int = 1  # F, all of which an image encoder sees, one by one
     scale: float = 10.0  # at first; SigLIP's, CLIP's is 1 / 0.07
     bias: float = -10.0  # at first; of the sigmoid loss alone
 
@@ -146,6 +147,8 @@ class TwoTowers(nnx.Module):
         kw = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype = config, dtype
         self.vision_tower = VisionTower(config.towers, **kw)
+        times, height, width = self.vision_tower.grid  # an image encoder alone would see one frame
+        self.vision_tower.grid = (max(times, config.frames_per_clip), height, width)
         self.text = Text(config.text, **kw)
         self.heads = Heads(config, **kw)
 

@@ -94,6 +94,9 @@ def _problems(c: Contrastive) -> Iterator[str]:
     if c.data.frame_size != c.model.frame_size:
         size = c.model.frame_size
         yield f"config.data.frame_size is {c.data.frame_size}, the towers take {size}"
+    if c.data.frames_per_clip != c.model.frames_per_clip:
+        count = c.model.frames_per_clip
+        yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
 

@@ -32,6 +32,7 @@ def get_config(arg: str = "images") -> ConfigDict:
             num_attention_heads=16,
         ),
         embedding_size=1152,
+        frames_per_clip=1 if arg == "images" else 4,
     )
     data = DataConfig(
         sources={"captions": SourceConfig(REQUIRED)},
@@ -43,7 +44,7 @@ def get_config(arg: str = "images") -> ConfigDict:
         max_clips=1,
         frame_size=model.frame_size,
         tokens_per_clip=1,
-        frames_per_clip=1 if arg == "images" else 4,
+        frames_per_clip=model.frames_per_clip,
     )
     return to_config(
         Contrastive(

@@ -40,6 +40,7 @@ MODEL = two_towers.Config(
         max_tokens=16,
     ),
     embedding_size=32,
+    frames_per_clip=4,
 )
 
 
@@ -155,6 +156,8 @@ def test_configs_that_do_not_fit_are_named(pairs):
     e = experiment(pairs)
     with pytest.raises(ValueError, match=r"data\.clips is 2"):
         replace(e, data=replace(e.data, clips=2))
+    with pytest.raises(ValueError, match=r"data\.frames_per_clip is 2, the model takes 4"):
+        replace(e, data=replace(e.data, frames_per_clip=2))
     with pytest.raises(ValueError, match="one must be positive"):
         replace(e, rates=Rates(0.0, 0.0, 0.0))
     with pytest.raises(ValueError, match="12 does not divide over the 8 devices"):
@@ -186,6 +189,18 @@ def test_rows_without_a_pair_move_only_the_bias():
     assert np.isfinite(value)
     moved = {p[0] for p, v in nnx.to_flat_state(slopes) if np.any(np.asarray(v[...]) != 0)}
     assert moved == {"heads"}
+
+
+@pytest.mark.parametrize("frame", range(4))
+def test_every_frame_of_a_clip_is_seen(frame):
+    model = two_towers.TwoTowers(MODEL, rngs=nnx.Rngs(0))
+    frames = np.full((1, 4, 32, 32, 3), 100, np.uint8)
+    other = frames.copy()
+    other[:, frame, :16] = 200
+    where = jnp.asarray([[0, 0, 32, 32]])
+    one, two = (model.embed_clips(jnp.asarray(f), where) for f in (frames, other))
+    assert np.abs(np.asarray(one - two)).max() > 1e-3
+    np.testing.assert_allclose(jnp.linalg.norm(one, axis=1), 1.0, rtol=1e-5)
 
 
 def test_the_published_config_is_of_the_size_it_says():
