@@ -116,8 +116,9 @@ def fill(rows: list[list[Rendered]], length: int, clips: int) -> Batch:
 
 def our_step(batch: Batch, folder: Path) -> Step:
     optimizer = config.OptimizerConfig(
-        config.LearningRates(**RATES), "constant", warmup_ratio=0.0, clip_norm=CLIP_NORM, **ADAM
+        config.LearningRates(**RATES), "constant", warmup_ratio=0.0, clip_norm=CLIP_NORM
     )
+    optimizer = dataclasses.replace(optimizer, **ADAM)
     experiment = dataclasses.replace(DEMO, optimizer=optimizer, init_from=str(folder))
     mesh = sharding.make_mesh(experiment.mesh)
     program = build(experiment, mesh)

@@ -112,7 +112,7 @@ def compile_step(experiment: Experiment, topology: Topology, code: bool = True) 
         )
 
 
-def _compile(lowered: Any, folder: str, code: bool) -> tuple[Any, int, str]:
+def _compile(lowered: Any, folder: str, code: bool = True) -> tuple[Any, int, str]:
     """(the program or None, bytes of temporaries where they exceed the memory, flags it took).
 
     The compiler's reports are left in the folder. Where it fails of itself in a way that is known,

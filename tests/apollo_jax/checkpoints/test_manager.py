@@ -25,7 +25,7 @@ from apollo_jax.sharding import MeshConfig
 from apollo_jax.training.state import TrainState
 
 
-def make_state(step: int, **axes: int) -> TrainState:
+def make_state(step: int, **axes: Any) -> TrainState:
     """Random arrays of several dtypes, some of them spread over the mesh."""
     mesh = sharding.make_mesh(MeshConfig(**(axes or dict(data=2, fsdp=4))))
     rng = np.random.default_rng(step)

@@ -36,7 +36,7 @@ def test_every_device_gets_an_early_and_a_late_piece():
 def check(function, mesh_config, length=L, kv_heads=K, ring=True):
     """Values and gradients of function(q, k, v, segments) on the mesh against one device's."""
     q, k, v, segments = operands(length, kv_heads)
-    expected, backward = jax.vjp(lambda *x: attention(*x, Causal(segments)), q, k, v)
+    expected, backward = jax.vjp(lambda q, k, v: attention(q, k, v, Causal(segments)), q, k, v)
     grad = jnp.cos(jnp.arange(q.size, dtype=jnp.float32)).reshape(q.shape)
     mesh = sharding.make_mesh(mesh_config)
     with jax.set_mesh(mesh):

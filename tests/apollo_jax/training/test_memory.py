@@ -99,6 +99,7 @@ def summed(experiment, stage: str) -> tuple[float, dict[str, int]]:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(0, clips=1)
         )
         text = program.lower(shapes).compile().as_text()
+    assert text is not None
     totals = hlo.totals(text, dict(mesh.shape))
     sizes: dict[str, int] = {}
     for name, shape in (program.abstract.params | program.abstract.frozen).items():
