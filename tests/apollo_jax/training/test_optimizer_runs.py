@@ -116,12 +116,13 @@ def run(build, gradients, meshes, weights):
                 updates, opt_state = program.tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
+        point = jax.jit(gradient_point)  # many small programs at once can block each other
         seen = []
         with jax.set_mesh(meshes[devices]):
             placed = {n: jax.device_put(w, shapes[n].sharding) for n, w in weights.items()}
             now = state.create(placed, program.abstract, program.tx)
             for _ in range(steps):
-                at = gradient_point(now.params, now.opt_state)
+                at = point(now.params, now.opt_state)
                 value, grads = gradients(at, now.frozen, devices)
                 params, opt_state = update(grads, now.opt_state, now.params)
                 now = now._replace(params=params, opt_state=opt_state)
