@@ -2,7 +2,7 @@
 """`apollo-jax plan search`: which mesh, rematerialisation and rows a recipe should have on a slice.
 
 From the config's own layout the search walks to neighbours: a prime factor moved from one mesh axis
-to another, another rematerialisation, half as many rows of twice the length or the reverse. What
+to another, the next rematerialisation, half as many rows of twice the length or the reverse. What
 arithmetic refuses is never compiled. It goes on from whatever no other layout beats in both step
 time bound and peak memory, and ends when all neighbours of these have been looked at.
 """
@@ -96,7 +96,8 @@ def neighbours(layout: Layout) -> Iterator[Layout]:
                 mesh = list(layout.mesh)
                 mesh[source], mesh[target] = size // factor, mesh[target] * factor
                 yield replace(layout, mesh=tuple(mesh))
-    for remat in REMATS:
+    place = REMATS.index(layout.remat)
+    for remat in REMATS[max(0, place - 1) : place + 2]:  # they are in the order of their memory
         if remat != layout.remat:
             yield replace(layout, remat=remat)
     rows, length, clips = layout.rows, layout.length, layout.clips
