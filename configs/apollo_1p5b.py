@@ -34,9 +34,9 @@ SLICES = {
         "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=128), remat="save_attention"),
     },
     "sft": {
-        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=64, tensor=4), remat="dots"),
+        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=2, tensor=2), remat="dots"),
         "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="dots"),
-        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=64, tensor=4), remat="dots"),
+        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=2, tensor=2), remat="dots"),
         "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=64, tensor=2), remat="dots"),
     },
 }

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,9 +21,8 @@ from typing import Any
 import apollo_jax
 from apollo_jax.config import load
 
-# What decides about a compiled step: the model, the step, and how a plan is read off it.
-_SOURCES = ("config.py", "sharding.py", "models/*.py", "training/*.py", "planning/*.py")
-_NOT_OF_THE_STEP = ("train.py", "checks.py", "metrics.py", "search.py", "fit_book.py", "jobs.py")
+# What decides about a plan, with all that the first of them imports from this package.
+_SOURCES = ("planning.ahead_of_time", "planning.plan")
 
 
 class Failed(Exception):
@@ -70,12 +69,36 @@ def versions() -> dict[str, str]:
 
 @cache
 def _code() -> str:
-    """A hash of the code without its comments and its layout."""
-    root = Path(apollo_jax.__file__).parent
-    files = sorted({f for pattern in _SOURCES for f in root.glob(pattern)})
-    texts = (f.read_text() for f in files if f.name not in _NOT_OF_THE_STEP)
-    trees = "".join(ast.dump(ast.parse(text)) for text in texts)
-    return hashlib.sha256(trees.encode()).hexdigest()
+    """A hash of the code that decides about a plan, without its comments and its layout."""
+    first, *others = _SOURCES
+    trees = modules(first) | {name: ast.parse(_path(name).read_text()) for name in others}
+    text = "".join(ast.dump(tree) for _, tree in sorted(trees.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def modules(first: str) -> dict[str, ast.Module]:
+    """A module below apollo_jax, by its name there, and all that it imports from there."""
+    trees: dict[str, ast.Module] = {}
+    waiting = [first]
+    while waiting:
+        name = waiting.pop()
+        if name not in trees and _path(name).exists():
+            trees[name] = ast.parse(_path(name).read_text())
+            waiting += _imported(trees[name])
+    return trees
+
+
+def _path(module: str) -> Path:
+    return Path(apollo_jax.__file__).parent / f"{module.replace('.', '/')}.py"
+
+
+def _imported(tree: ast.Module) -> Iterator[str]:
+    """Names below apollo_jax, some of them of modules."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("apollo_jax."):
+            parent = f"{node.module}.".removeprefix("apollo_jax.")
+            yield parent.rstrip(".")
+            yield from (parent + alias.name for alias in node.names)
 
 
 def default_cache() -> Path:

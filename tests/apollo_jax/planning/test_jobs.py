@@ -72,3 +72,10 @@ def test_the_key_follows_what_is_compiled(monkeypatch):
     assert key != jobs.Job(DEMO, job(1).overrides, "v5e:4x8").key()
     monkeypatch.setattr(jobs, "versions", lambda: {"jax": "0"})
     assert key != job(1).key()
+
+
+def test_the_key_knows_what_the_step_is_made_of():
+    """The step's own modules and no others, so that other work does not throw results away."""
+    found = set(jobs.modules("planning.ahead_of_time"))
+    assert {"training.step", "models.qwen2", "sharding", "planning.hlo"} <= found
+    assert not {"training.train", "planning.search", "evaluation.report"} & found
