@@ -29,7 +29,7 @@ SLICES = {
     },
     "vision": {
         "v5e-256": dict(mesh=MeshConfig(data=2, fsdp=128), remat="full"),
-        "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="save_attention"),
+        "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="full"),
         "v6e-256": dict(mesh=MeshConfig(data=2, fsdp=128), remat="save_attention"),
         "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=128), remat="save_attention"),
     },
