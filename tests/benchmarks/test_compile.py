@@ -8,16 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PROGRAM = """HloModule jit_f
-
-ENTRY %main (p0: bf16[16,32], p1: bf16[32,8]) -> bf16[16,8] {
-  %p0 = bf16[16,32]{1,0} parameter(0)
-  %p1 = bf16[32,8]{1,0} parameter(1)
-  ROOT %d = bf16[16,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-"""
 PEER = """#!{python}
-import pathlib, re, sys
+import sys
 if sys.argv[1] == "-c":
     print("noise about the machine")
     print("/somewhere/configs/base.yml")
@@ -26,8 +18,6 @@ said = " ".join(sys.argv)
 assert "train_compile /somewhere/configs/base.yml" in said, said
 assert "compile_topology=v5p-128" in said, said
 assert "max_target_length=8192" in said, said
-folder = re.search(r"--xla_dump_to=(\\S+)", said)[1]
-pathlib.Path(folder, "module.after_optimizations.txt").write_text({program!r})
 print("Memory analysis: CompiledMemoryStats(argument_size_in_bytes=1073741824, "
       "temp_size_in_bytes=2147483648, host_argument_size_in_bytes=0, host_temp_size_in_bytes=0)")
 """
@@ -55,11 +45,11 @@ def test_what_is_compiled_is_the_decoder_alone(bench):
 
 def test_the_peer_is_run_and_read(bench, tmp_path):
     python = tmp_path / "python"
-    python.write_text(PEER.format(python=sys.executable, program=PROGRAM))
+    python.write_text(PEER.format(python=sys.executable))
     python.chmod(0o755)
     found = bench.maxtext(python, bench.Shape())
     assert (found.arguments, found.temporaries) == (1.0, 2.0)
-    assert found.tflop == 2 * 16 * 32 * 8 / 1e12
+    assert found.cpu_seconds > 0
     python.write_text(f"#!{sys.executable}\nimport sys\nprint('no such model')\nsys.exit(1)\n")
     with pytest.raises(RuntimeError, match="no such model"):
         bench.maxtext(python, bench.Shape())
