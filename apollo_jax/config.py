@@ -124,7 +124,9 @@ class Experiment:
     topology: str = (
         ""  # the TPU slice that mesh and batch are laid out for; "" = none in particular
     )
-    init_from: str = ""  # folder of a run or a published model; "" = init_parts
+    # Folder of a run or a published model; "run:NAME": the finished run of that name beside the
+    # workdir; "" = init_parts.
+    init_from: str = ""
     init_parts: PartPaths = field(default_factory=PartPaths)
     seed: int = 0
 
@@ -334,6 +336,8 @@ def _mapping(value: Any, path: str) -> Mapping[str, Any]:
 def unset_paths(experiment: Experiment) -> list[str]:
     """`a.b` of every path that still has to be given."""
     leaves = _leaves(dataclasses.asdict(experiment))
+    if experiment.init_from:  # in place of the parts
+        leaves = {k: v for k, v in leaves.items() if not k.startswith("init_parts.")}
     empty = (k for k, v in leaves.items() if k.endswith((".path", ".tokenizer")) and not v)
     return [k for k, v in leaves.items() if v in (REQUIRED, (REQUIRED,))] + list(empty)
 

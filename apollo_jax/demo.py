@@ -201,7 +201,6 @@ class Demo:
             data=data,
             evaluation=held_out,
             train=dataclasses.replace(written.train, **steps),
-            init_from=place(written.init_from),
         )
 
 

@@ -2,8 +2,8 @@
 """What the recipes of Apollo-1.5B, 3B and 7B share (Section 6, Table 7); their files read this one.
 
 The connector; then encoders and connector on video alone; then connector and decoder on the
-mixture. What the paper does not say is marked "ours", with the reason. What is REQUIRED is where
-your data and weights lie.
+mixture. A stage starts from the run of the one before that lies beside its own. What the paper does
+not say is marked "ours", with the reason. What is REQUIRED is where your data and weights lie.
 """
 
 from collections.abc import Mapping
@@ -90,14 +90,15 @@ def recipe(
     stage |= dict(mesh=MeshConfig(data=1, fsdp=-1), remat="full")  # ours: the least memory
     if slice_name:
         stage |= slices[stage_name][slice_name]
-    first = stage_name == "align"
+    before = dict(zip(list(STAGES)[1:], STAGES, strict=False)).get(stage_name)
+    experiment = name.replace("_", "-")
     parts = PartPaths(towers=dict.fromkeys(model.towers, REQUIRED), llm=REQUIRED)
     return to_config(
         Experiment(
-            name=f"{name.replace('_', '-')}-{stage_name}",
+            name=f"{experiment}-{stage_name}",
             model=model,
-            init_from="" if first else REQUIRED,  # the stage before
-            init_parts=parts if first else PartPaths(),
+            init_from=f"run:{experiment}-{before}" if before else "",
+            init_parts=PartPaths() if before else parts,
             data=DataConfig(
                 sources={n: SourceConfig(REQUIRED, w) for n, w in stage["sources"].items()},
                 frames=(REQUIRED,),

@@ -84,7 +84,7 @@ def get_config(arg: str = "images") -> ConfigDict:
         Experiment(
             name=f"demo-{arg}",
             model=model,
-            init_from=f"stages/{start}" if start else "",
+            init_from=f"run:demo-{start}" if start else "",
             data=DataConfig(
                 sources={
                     name: SourceConfig(f"world/train/{name}.jsonl", weight)

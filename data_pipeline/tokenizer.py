@@ -72,6 +72,21 @@ class Tokenizer:
             f"sentencepiece *.model (found {len(pieces)})"
         )
 
+    def difference(self, other: "Tokenizer") -> str:
+        """What tells two tokenizers apart; "" if they give the same ids."""
+        if self.fingerprint == other.fingerprint:
+            return ""
+        ours, theirs = ({t: m.token_id(t) for t in m.tokens()} for m in (self._model, other._model))
+        both = ours.keys() & theirs.keys()
+        moved = sorted((ours[t], theirs[t], t) for t in both if ours[t] != theirs[t])
+        said = [f"{self.vocab_size} and {other.vocab_size} tokens"]
+        if alone := len(ours.keys() ^ theirs.keys()):
+            said.append(f"{alone} of them only in one")
+        if moved:
+            was, now, token = moved[0]
+            said.append(f"{len(moved)} with another id, like {token!r}: {was} and {now}")
+        return ", ".join(said if alone or moved else [*said, "the same, but other rules"])
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`: nothing is added, special tokens spelt in the text are recognised."""
         return list(self._short(text) if len(text) < 64 else self._model.encode(text))

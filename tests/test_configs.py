@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every shipped config is built; the recipes are the published ones (paper, Table 7)."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -81,6 +82,17 @@ def test_recipes_are_the_published_ones(size: str):
             0.03,
             1.0,
         )
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_stage_starts_from_the_one_before(size: str):
+    first, *others = (load(size, stage) for stage in STAGES)
+    assert (first.init_from, first.init_parts.llm) == ("", config.REQUIRED)
+    for before, after in zip((first, *others), others, strict=False):
+        assert after.init_from == f"run:{before.name}"
+        assert not [name for name in unset_paths(after) if name.startswith("init")]
+    whole = dataclasses.replace(first, init_from="start")  # as `convert --to orbax` wrote it
+    assert not [name for name in unset_paths(whole) if name.startswith("init")]
 
 
 # Trainable parameters in millions: the connector as released, the others as in Table 7.

@@ -31,6 +31,16 @@ def read_experiment(workdir: str | os.PathLike) -> Experiment:
         raise ValueError(f"{path}: {error}") from error
 
 
+def progress(workdir: Path) -> tuple[str, int, int]:
+    """(name of the experiment, steps of the latest finished checkpoint, steps to do) of a run.
+
+    Reads no more of config.json than that, so that runs of any kind and version can be told apart.
+    """
+    said = json.loads((workdir / CONFIG).read_text())
+    done = [int(p.name) for p in (workdir / CHECKPOINTS).iterdir() if p.name.isdigit()]
+    return said["name"], max(done, default=0), said["train"]["num_steps"]
+
+
 def latest_weights(workdir: Path) -> Path:
     """The weights of the latest finished checkpoint. FileNotFoundError without one."""
     folder = workdir / CHECKPOINTS

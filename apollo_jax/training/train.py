@@ -30,7 +30,7 @@ from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Program, build
-from apollo_jax.training.weights import initial_weights
+from apollo_jax.training.weights import initial_weights, located
 from data_pipeline.loader import DataConfig, Loader
 
 console = Console()
@@ -70,6 +70,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     goodput = Goodput()
     tokenizer = checks.tokenizer_of(experiment)
     begun = checks.continues(experiment, workdir)
+    experiment = located(experiment, workdir, begun)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.layout(experiment, mesh.shape)
     loader = _open_loader(experiment.data, experiment.train.num_steps, mesh)
@@ -196,7 +197,7 @@ def _start(
             return found
     shapes = {**program.abstract.params, **program.abstract.frozen}
     weights, origin = initial_weights(experiment, shapes)
-    console.print(f"starting {experiment.name} with weights: {origin}")
+    console.print(f"starting {experiment.name} with weights: {origin}", soft_wrap=True)
     return 0, create(weights, program.abstract, program.tx), None
 
 

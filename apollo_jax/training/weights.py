@@ -4,7 +4,9 @@
 Everything that can be wrong with a source is said before anything is compiled.
 """
 
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,41 @@ from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import open_checkpoint, open_tower
 from apollo_jax.checkpoints.translate import Renamed
-from apollo_jax.config import Experiment, differences
+from apollo_jax.config import REQUIRED, Experiment, differences
 from apollo_jax.training.state import Arrays, Shapes, random_weights
 from data_pipeline.tokenizer import Tokenizer
 
 # Fields of a published part's config that its weights do not depend on.
 _LIMITS = ("max_position_embeddings", "model_max_length", "initializer_range")
+NAMED = "run:"  # in `init_from`: by the name of its experiment
 _CLIPS = (*_LIMITS, "feature_layer", "frames_per_clip")  # of a part: the whole says
+
+
+def located(experiment: Experiment, workdir: str | os.PathLike, begun: bool) -> Experiment:
+    """The experiment with a folder in `init_from`, where it has the name of a run.
+
+    That is the one finished run of that name beside `workdir`; a run that has `begun` keeps the
+    folder that it took. Raises FileNotFoundError naming all runs that lie there, or ValueError.
+    """
+    if not experiment.init_from.startswith(NAMED):
+        return experiment
+    if begun:
+        return replace(experiment, init_from=run.read_experiment(workdir).init_from)
+    name, folder = experiment.init_from.removeprefix(NAMED), Path(os.path.abspath(workdir)).parent
+    runs = {p: run.progress(p) for p in sorted(folder.glob("*")) if run.is_run(p)}
+    found = [p for p, (own, done, steps) in runs.items() if own == name and done >= steps]
+    if len(found) == 1:
+        return replace(experiment, init_from=str(found[0]))
+    choose = "name one with --config.init_from=PATH"
+    if found:
+        paths = ", ".join(map(str, found))
+        raise ValueError(f"config.init_from {experiment.init_from} could be {paths}; {choose}")
+    lines = [f"{p}: {own}, {done} of {steps} steps" for p, (own, done, steps) in runs.items()]
+    there = "\n  ".join(lines or ["no run at all"])
+    raise FileNotFoundError(
+        f"{experiment.name} starts from a finished run of {name} (config.init_from), looked for "
+        f"beside {workdir}; {folder} has\n  {there}\ntrain or finish that one first, or {choose}"
+    )
 
 
 def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
@@ -44,18 +74,19 @@ def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str
 
 def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
     _check_config(path, run.read_experiment(path).model, experiment.model)
-    tokenizer = Path(path) / run.TOKENIZER
-    paths = (tokenizer, experiment.data.tokenizer)
-    if len({Tokenizer.from_path(p).fingerprint for p in paths}) > 1:
+    own = Path(path) / run.TOKENIZER
+    before, now = (Tokenizer.from_path(p) for p in (own, experiment.data.tokenizer))
+    if difference := before.difference(now):
         raise ValueError(
             f"config.init_from {path} was trained with another tokenizer than config.data.tokenizer"
-            f" {experiment.data.tokenizer}; its own is {tokenizer}"
+            f" {experiment.data.tokenizer}: {difference}; its own is {own}"
         )
     checkpoints = manager.Checkpoints(path, read_only=True)
     _check_shapes(path, checkpoints.stored_shapes(), shapes)
     step, weights = checkpoints.restore_weights(shapes)
     checkpoints.close()
-    return weights, f"{path} after step {step}"
+    of = run.read_experiment(path)
+    return weights, f"{path} ({of.name}) after step {step} of {of.train.num_steps}"
 
 
 def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
@@ -78,7 +109,7 @@ def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
         for i, (name, tower) in enumerate(model.towers.items())
     ]
     parts += [("connector/", paths.connector, model.connector), ("llm/", paths.llm, model.llm)]
-    return (part for part in parts if part[1])
+    return (part for part in parts if part[1] not in ("", REQUIRED))
 
 
 def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:

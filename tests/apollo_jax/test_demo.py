@@ -69,7 +69,7 @@ def test_configs_stay_inside_the_workdir(tmp_path):
         paths += [*experiment.data.frames, experiment.data.tokenizer]
         assert all(path.startswith(str(tmp_path)) for path in paths)
         assert experiment.init_from == before
-        before = str(job.stage(stage))
+        before = f"run:demo-{stage}"
     assert job.trained("warmup") == "vision tower, connector, llm"
     assert job.trained("sft") == "connector, llm"
     assert job.mixture("vision") == "100% captions_video"

@@ -125,3 +125,21 @@ def test_errors_say_what_was_looked_for(tmp_path):
     broken.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="endoftext"):
         Tokenizer.from_path(tmp_path)
+
+
+def test_how_two_differ_is_said(trained, tmp_path):
+    def difference(texts: str, others: str) -> str:
+        for name, text in (("a", texts), ("b", others)):
+            train_sentencepiece([text], tmp_path / f"{name}.model", 300)
+        a, b = (Tokenizer.from_path(tmp_path / f"{name}.model") for name in "ab")
+        return a.difference(b)
+
+    assert not Tokenizer.from_path(trained).difference(Tokenizer.from_path(trained.parent))
+    said = "271 and 271 tokens, 6 with another id, like 'ab': 260 and 261"
+    assert difference("ab ab ab cd cd", "cd cd cd ab ab") == said
+    assert "only in one" in difference("ab ab", "cd cd")
+    other = shutil.copytree(LLM, tmp_path / "llm")
+    merges = (other / "merges.txt").read_text().splitlines(keepends=True)
+    (other / "merges.txt").write_text("".join([*merges[:-2], *reversed(merges[-2:])]))
+    said = Tokenizer.from_path(LLM).difference(Tokenizer.from_path(other))
+    assert said.endswith(" tokens, the same, but other rules")
