@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,26 @@ def entries(configs: Path = Path("configs")) -> dict[str, jobs.Job]:
 
 
 def config_hash(job: jobs.Job) -> str:
-    """Of the config's fields that the compiled step depends on."""
-    fields = jobs.step_fields(asdict(load(job.config)))
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    """Of the config's fields that the compiled step depends on and that are not at their defaults.
+
+    So an option that is new does not make the book another one, where no recipe uses it.
+    """
+    experiment = load(job.config)
+    groups = {name: _chosen(getattr(experiment, name)) for name in ("train", "optimizer", "mesh")}
+    chosen = jobs.step_fields(asdict(experiment)) | groups
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _chosen(value: Any) -> Any:
+    """Of a dataclass: the fields that differ from their defaults, by name."""
+    if not is_dataclass(value):
+        return value
+    given = {f: getattr(value, f.name) for f in fields(value)}
+    return {
+        f.name: _chosen(v)
+        for f, v in given.items()
+        if v != (f.default if f.default_factory is MISSING else f.default_factory())
+    }
 
 
 def entry(job: jobs.Job, facts: Mapping[str, Any]) -> dict[str, Any]:
