@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_dict
 
 from apollo_jax.models import apollo
 from apollo_jax.sharding import MeshConfig
+from apollo_jax.training import ramp
 from apollo_jax.training.optimizers import options
 from data_pipeline.loader import DataConfig, SourceConfig
 
@@ -73,7 +74,10 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop: how long, in which precision, and what it leaves behind."""
 
-    num_steps: int
+    num_steps: int  # a step is one update
+    accumulate: int = 1  # microbatches (of data.batch_size rows) to an update
+    # Instead: (first update, microbatches from there on), from 0 on: 0:1,1000:2,5000:8
+    batch_ramp: tuple[tuple[int, int], ...] = ()
     dtype: DType = "bfloat16"  # of the computation
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
@@ -90,6 +94,11 @@ class TrainConfig:
     max_bad_steps: int = 10  # in a row, with skip and rewind
     join_seconds: int = 300  # that a process waits for the others at the start
     heartbeat_seconds: int = 60  # of silence after which a process counts as dead
+
+    @property
+    def ramp(self) -> ramp.Ramp:
+        """How many microbatches each update has."""
+        return ramp.Ramp(self.batch_ramp or ((0, self.accumulate),))
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,7 @@ def _problems(e: Experiment) -> Iterator[str]:
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:
         yield f"config.train.loss_chunk is {e.train.loss_chunk}; 0 = all positions at once"
+    yield from ramp.problems(e.train.accumulate, e.train.batch_ramp)
     positive = ("num_steps", "log_every", "checkpoint_every", "keep")
     for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):
         if getattr(e.train, name) < 1:
@@ -305,7 +315,11 @@ def _read_union(options: tuple, value: Any, path: str) -> Any:
 
 
 def _read_tuple(args: tuple, value: Any, path: str) -> tuple:
-    items = [s.strip() for s in value.split(",") if s.strip()] if isinstance(value, str) else value
+    if isinstance(value, str):
+        inner = ":" if args[1:] != (...,) and ":" in value else ","  # of a list of pairs: 0:1,9:2
+        items = [s.strip() for s in value.split(inner) if s.strip()]
+    else:
+        items = value
     if not isinstance(items, list | tuple):
         raise ValueError(f"{path} is {value!r}, must be a list (text: a,b,c)")
     types_ = args[:1] * len(items) if args[1:] == (...,) else args

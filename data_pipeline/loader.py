@@ -13,9 +13,9 @@ import collections
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import grain
@@ -25,6 +25,7 @@ from data_pipeline.batch import Batch, empty_batch
 from data_pipeline.canvas import frame_shape
 from data_pipeline.data_config import DataConfig, sample_maker
 from data_pipeline.filling import Canvases, Counts, RowFiller, patiently
+from data_pipeline.load_stats import LoadStats
 from data_pipeline.mixture import Mixture, draw_weights
 from data_pipeline.packing import Draw, Plan
 from data_pipeline.samples import MISSING
@@ -38,20 +39,6 @@ WINDOW = 4096  # draws packed together: more than 99.5 % of the best possible fi
 _MANY = 100_000  # records that are better measured once than by every process
 
 
-@dataclass(frozen=True)
-class LoadStats:
-    """What this process's part of one batch holds."""
-
-    samples: int
-    tokens: int  # without padding
-    clips: int
-    frames: int
-    bad: tuple[tuple[str, str], ...]  # (record id, reason), masked
-    fill_tokens: float  # share of the token positions in use
-    fill_clips: float
-    sources: Mapping[str, Counts] = field(default_factory=dict)  # of those that were drawn from
-
-
 # What may differ between a run and its continuation: where things lie and how fast they are read.
 _FREE = (
     "sources", "frames", "tokenizer", "layout", "sizes", "max_bad_share", "threads", "prefetch",
@@ -59,15 +46,22 @@ _FREE = (
 
 
 class Loader:
-    """Iterates over (Batch with this process's rows, LoadStats) for `num_steps` steps.
+    """Iterates over (Batch with this process's rows, LoadStats) for `num_steps` batches.
 
+    The records of the last `recall` batches can be asked for.
     Raises ValueError or FileNotFoundError at once for data that cannot be read as configured.
     A record that fails later is masked, counted and named in the stats; more of them than
     `max_bad_share` stop the iteration with a ValueError.
     """
 
     def __init__(
-        self, config: DataConfig, *, num_steps: int, process_index: int = 0, process_count: int = 1
+        self,
+        config: DataConfig,
+        *,
+        num_steps: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        recall: int = 4,
     ):
         assert 0 <= process_index < process_count
         if config.batch_size % process_count:
@@ -91,7 +85,8 @@ class Loader:
         )
         self._seen = self._bad = 0
         # (step, where its rows are planned) of the last batches, should someone ask what they held.
-        self._latest: collections.deque[tuple[int, tuple[int, int]]] = collections.deque(maxlen=4)
+        self._latest: collections.deque[tuple[int, tuple[int, int]]]
+        self._latest = collections.deque(maxlen=recall)
         self._iterator = None
         self._start(0, (0, 0))
 

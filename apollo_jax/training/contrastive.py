@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
@@ -39,19 +38,19 @@ from apollo_jax.config import (
 )
 from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import contrastive_loss, losses
+from apollo_jax.training import contrastive_loss, losses, ramp
 from apollo_jax.training import train as training
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
+from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.optimizer import make_optimizer, make_schedules
 from apollo_jax.training.state import (
-    TrainState,
     abstract_model,
     abstract_state,
     create,
     random_weights,
 )
-from apollo_jax.training.step import Metrics, Program, make_eval_step, make_update
+from apollo_jax.training.step import Program, make_program
 from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig
 from data_pipeline.tokenizer import Tokenizer
@@ -97,6 +96,7 @@ def _problems(c: Contrastive) -> Iterator[str]:
     if c.data.frames_per_clip != c.model.frames_per_clip:
         count = c.model.frames_per_clip
         yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
+    yield from ramp.problems(c.train.accumulate, c.train.batch_ramp)
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
 
@@ -135,18 +135,19 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
             f"config.data.batch_size {experiment.data.batch_size} does not divide over the "
             f"{mesh.size} devices that share the pairs; take a multiple of {mesh.size}"
         )
-    loader = training._open_loader(experiment.data, experiment.train.num_steps, mesh)
+    sizes = experiment.train.ramp
+    loader = open_loader(experiment.data, experiment.train.num_steps, mesh, sizes)
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         with goodput.during("checkpoint" if begun else "start"):
             step, state, saved = _start(experiment, workdir if begun else None, program)
         if saved is not None:
-            loader.set_state(saved)
+            resume(loader, saved, sizes, step)
         multihost_utils.sync_global_devices("all have seen what the folder held")
         manager.write_run(workdir, experiment, tokenizer)  # pyright: ignore[reportArgumentType]
         whole: Any = experiment  # has the fields of an Experiment that the loop reads
         judged = None if saved is None else saved.get("guard")
-        guard = Guard(whole.train, workdir, lambda n: loader.records(n - 1), judged)
+        guard = Guard(whole.train, workdir, records_of(loader, sizes), judged)
         begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput)
         return training._loop(begun_run, step, state)
 
@@ -186,24 +187,7 @@ def build(experiment: Contrastive, mesh: Mesh) -> Program:
     tx = make_optimizer(rated, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=config.offload_optimizer)
     sums: Any = partial(pair_sums, loss=experiment.loss, remat=config.remat)
-    update = make_update(graphdef, tx, schedules, sums, abstract)
-
-    def moving(state: TrainState) -> tuple:
-        return state.step, state.params, state.opt_state
-
-    def train_step(
-        state: TrainState, batch: Batch, limits: np.ndarray | None = None
-    ) -> tuple[TrainState, Metrics]:
-        moved, metrics = update(moving(state), state.frozen, batch, limits)
-        count, params, opt_state = moved
-        return TrainState(count, params, state.frozen, opt_state), metrics
-
-    def lower(batch: Batch) -> jax.stages.Lowered:
-        limits = jax.ShapeDtypeStruct((2,), jnp.float32)
-        skips = config.on_nonfinite == "skip"
-        return update.lower(moving(abstract), abstract.frozen, batch, limits if skips else None)
-
-    return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
+    return make_program(config, graphdef, tx, schedules, sums, abstract)
 
 
 def pair_sums(

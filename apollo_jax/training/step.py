@@ -19,7 +19,8 @@ from apollo_jax import sharding
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
-from apollo_jax.training import losses, stages
+from apollo_jax.training import accumulate, losses, stages
+from apollo_jax.training.accumulate import Accumulated
 from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import (
@@ -35,7 +36,10 @@ from data_pipeline.batch import Batch
 
 Metrics = dict[str, jax.Array]
 # The old state's memory is reused: drop it.
-TrainStep = Callable[..., tuple[TrainState, Metrics]]  # (state, batch[, limits of `update`])
+# (state, batch[, limits and what was accumulated, see `make_update`])
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+Lower = Callable[..., jax.stages.Lowered]
+Add = Callable[..., Accumulated]  # (state, batch[, what was accumulated])
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
 LossSums = Callable[[Apollo, Batch], losses.Sums]
 BY_POSITION = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index")
@@ -79,13 +83,18 @@ def batch_sums(
 
 
 class Program(NamedTuple):
-    """What an experiment compiles to on a mesh."""
+    """What an experiment compiles to on a mesh.
+
+    `train_step` is an update from one microbatch and, given `accumulated`, all those before it.
+    """
 
     abstract: TrainState  # shapes and shardings of its state
     tx: optax.GradientTransformation
     train_step: TrainStep
     eval_step: EvalStep
-    lower: Callable[[Batch], jax.stages.Lowered]  # the train step, for a batch of shapes
+    lower: Lower  # the train step, for a batch of shapes
+    add: Add  # a microbatch that is not the last of its update; takes over what was accumulated
+    lower_add: Lower
 
 
 def build(experiment: Experiment, mesh: Mesh) -> Program:
@@ -98,21 +107,53 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
     options = sharding.compiler_options(mesh)
-    update = make_update(graphdef, tx, schedules, sums, abstract, options)
+    return make_program(train, graphdef, tx, schedules, sums, abstract, options)
+
+
+def make_program(
+    train: TrainConfig,
+    graphdef: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    schedules: Mapping[str, Schedule],
+    loss_sums: LossSums,
+    abstract: TrainState,
+    options: Mapping[str, str] | None = None,
+) -> Program:
+    """The steps of a model with these loss sums."""
+    update = make_update(graphdef, tx, schedules, loss_sums, abstract, options)
+    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract)
+    adder = accumulate.make_add(graphdef, loss_sums, abstract, options)
+    shapes = accumulate.shapes_of(abstract)
 
     def train_step(
-        state: TrainState, batch: Batch, limits: np.ndarray | None = None
+        state: TrainState,
+        batch: Batch,
+        limits: np.ndarray | None = None,
+        accumulated: Accumulated | None = None,
     ) -> tuple[TrainState, Metrics]:
-        moved, metrics = update(_moving(state), state.frozen, batch, limits)
+        moved, metrics = update(_moving(state), state.frozen, batch, limits, accumulated)
         count, params, opt_state = moved
         return TrainState(count, params, state.frozen, opt_state), metrics
 
-    def lower(batch: Batch) -> jax.stages.Lowered:
+    def add(state: TrainState, batch: Batch, accumulated: Accumulated | None = None) -> Accumulated:
+        if accumulated is None:
+            jax.block_until_ready(state.step)  # what the update before accumulated is free again
+            accumulated = zeros()
+        grads, sums = accumulated
+        return adder(grads, sums, state.params, state.opt_state, state.frozen, batch)
+
+    def lower(batch: Batch, accumulated: bool = False) -> jax.stages.Lowered:
         skips = train.on_nonfinite == "skip"
         limits = jax.ShapeDtypeStruct((2,), jnp.float32) if skips else None
-        return update.lower(_moving(abstract), abstract.frozen, batch, limits)
+        before = shapes if accumulated else None
+        return update.lower(_moving(abstract), abstract.frozen, batch, limits, before)
 
-    return Program(abstract, tx, train_step, make_eval_step(graphdef, sums), lower)
+    def lower_add(batch: Batch) -> jax.stages.Lowered:
+        held = abstract.params, abstract.opt_state, abstract.frozen
+        return adder.lower(*shapes, *held, batch)
+
+    evaluate = make_eval_step(graphdef, loss_sums)
+    return Program(abstract, tx, train_step, evaluate, lower, add, lower_add)
 
 
 def make_update(
@@ -127,7 +168,8 @@ def make_update(
 
     `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
     Given `limits` f32[2], parameters and moments stay what they were, bit for bit, unless loss and
-    gradient norm are below them (infinity: unless they are finite).
+    gradient norm are below them (infinity: unless they are finite). Given what was `accumulated`,
+    loss and gradient are means over its microbatches and this one together.
     """
     places = jax.tree.map(lambda s: s.sharding, _moving(abstract))
 
@@ -137,17 +179,27 @@ def make_update(
         out_shardings=(places, None),
         compiler_options=dict(options or {}),
     )
-    def update(moving: tuple, frozen: Arrays, batch: Batch, limits: Any = None):
+    def update(
+        moving: tuple,
+        frozen: Arrays,
+        batch: Batch,
+        limits: Any = None,
+        accumulated: Accumulated | None = None,
+    ):
         count, params, opt_state = moving
         opt_state = on_device(opt_state, abstract.opt_state)
         old = (params, opt_state)
 
         def loss_fn(params: Arrays):
-            sums = loss_sums(merge(graphdef, params, frozen), batch)
-            loss, accuracy = losses.mean(sums)
-            return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
+            return _measured(loss_sums(merge(graphdef, params, frozen), batch))
 
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(gradient_point(params, opt_state))
+        point = gradient_point(params, opt_state)
+        if accumulated is None:
+            grads, metrics = jax.grad(loss_fn, has_aux=True)(point)
+        else:
+            total = accumulate.added(accumulated, graphdef, loss_sums, point, frozen, batch)
+            grads = accumulate.mean_gradients(total, params)
+            _, metrics = _measured(total.sums)
         metrics |= grad_norms(grads)
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
@@ -160,6 +212,12 @@ def make_update(
         return (count + 1, params, opt_state), metrics
 
     return update
+
+
+def _measured(sums: losses.Sums) -> tuple[jax.Array, Metrics]:
+    """The loss, and what is reported of it."""
+    loss, accuracy = losses.mean(sums)
+    return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
 
 
 def _moving(state: TrainState) -> tuple:

@@ -26,12 +26,15 @@ from apollo_jax.training import agreement, checks, losses, processes, stages
 from apollo_jax.training.agreement import Feed
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
+from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
-from apollo_jax.training.step import Program, build
+from apollo_jax.training.step import Metrics, Program, build
 from apollo_jax.training.weights import initial_weights, located
-from data_pipeline.loader import DataConfig, Loader
+from data_pipeline.batch import Batch
+from data_pipeline.load_stats import LoadStats, together
+from data_pipeline.loader import Loader
 
 console = Console()
 
@@ -73,7 +76,8 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     experiment = located(experiment, workdir, begun)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.layout(experiment, mesh.shape)
-    loader = _open_loader(experiment.data, experiment.train.num_steps, mesh)
+    ramp = experiment.train.ramp
+    loader = open_loader(experiment.data, experiment.train.num_steps, mesh, ramp)
     processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
@@ -84,11 +88,11 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         with goodput.during("checkpoint" if begun else "start"):
             step, state, saved = _start(experiment, workdir if begun else None, program)
         if saved is not None:
-            loader.set_state(saved)
+            resume(loader, saved, ramp, step)
         multihost_utils.sync_global_devices("all have seen what the folder held")
         manager.write_run(workdir, experiment, tokenizer)
         judged = None if saved is None else saved.get("guard")
-        guard = Guard(experiment.train, workdir, lambda n: loader.records(n - 1), judged)
+        guard = Guard(experiment.train, workdir, records_of(loader, ramp), judged)
         return _loop(Run(experiment, workdir, mesh, program, loader, guard, goodput), step, state)
 
 
@@ -105,7 +109,7 @@ class Run(NamedTuple):
 
 
 def _loop(run: Run, start: int, state: TrainState) -> bool:
-    """Evaluate -> save (with the iterator) -> next batch -> step -> the previous step's metrics."""
+    """Evaluate -> save (with the iterator) -> update -> the previous update's metrics."""
     train, every = run.experiment.train, run.experiment.evaluation.every
     done = stopped = False
     feed = Feed(run.loader, share(run.mesh))
@@ -146,13 +150,8 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
             checkpoints.check()
             if done or stopped:
                 break
-            began = time.perf_counter()
-            with during("data"):
-                rows, stats = next(feed)
-            waited = time.perf_counter() - began
             with during("compile" if step == start else "step"):
-                limits = run.guard.limits(step + 1) if train.on_nonfinite == "skip" else None
-                state, metrics = run.program.train_step(state, place(rows, run.mesh), limits)
+                state, metrics, stats, waited = _update(run, step, state, feed)
             log.push(step + 1, metrics, stats, waited, feed.error)
             state = _judged(run, step + 1, state, log, checkpoints)
         with during("checkpoint"):
@@ -162,6 +161,33 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
     what = "trained" if done else "stopped on a signal, saved; the same command continues"
     console.print(f"{run.workdir}: {what}, {step} of {train.num_steps} steps")
     return done
+
+
+def _update(
+    run: Run, step: int, state: TrainState, feed: Feed
+) -> tuple[TrainState, Metrics, LoadStats, float]:
+    """(next state, metrics, what its microbatches held, seconds that the loop waited for them)."""
+    train, program, parts, waited = run.experiment.train, run.program, [], 0.0
+
+    def load() -> Batch:
+        nonlocal waited
+        began = time.perf_counter()
+        with run.goodput.during("data"):
+            rows, stats = next(feed)
+        waited += time.perf_counter() - began
+        parts.append(stats)
+        return place(rows, run.mesh)
+
+    accumulated = sums = None
+    for _ in range(train.ramp.at(step) - 1):
+        accumulated = program.add(state, load(), accumulated)
+        jax.block_until_ready(sums)  # the devices hold two batches at most
+        sums = accumulated.sums
+    batch = load()
+    limits = run.guard.limits(step + 1) if train.on_nonfinite == "skip" else None
+    state, metrics = program.train_step(state, batch, limits, accumulated)
+    jax.block_until_ready(sums)
+    return state, metrics, together(parts), waited
 
 
 def _judged(
@@ -206,7 +232,7 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     evaluation = run.experiment.evaluation
     data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
     total = None
-    with contextlib.closing(_open_loader(data, evaluation.batches, run.mesh)) as loader:
+    with contextlib.closing(open_loader(data, evaluation.batches, run.mesh)) as loader:
         feed, counts, latest = Feed(loader, share(run.mesh)), np.zeros(2, np.int32), ""
         for _ in range(evaluation.batches):
             rows, stats = next(feed)
@@ -220,23 +246,6 @@ def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
     assert total is not None
     loss, accuracy = losses.mean(total)
     return {"eval/loss": float(loss), "eval/accuracy": float(accuracy)}
-
-
-def _open_loader(data: DataConfig, num_steps: int, mesh: Mesh) -> Loader:
-    """This process's loader; ValueError in all processes if one of them cannot open its data."""
-    mine = share(mesh)
-    loader, error = None, ""
-    try:
-        loader = Loader(
-            data, num_steps=num_steps, process_index=mine.index, process_count=mine.count
-        )
-    except (ValueError, OSError) as failure:
-        if jax.process_count() == 1:
-            raise
-        error = str(failure) or repr(failure)
-    agreement.stop_if_any(error)
-    assert loader is not None
-    return loader
 
 
 class StopSignal:

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the microbatches of an update add up to on the devices, in float32.
+
+An update is taken from its last microbatch and the sums over those before it: see step.py.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from apollo_jax.training import losses
+from apollo_jax.training.optimizers.schedule_free import gradient_point
+from apollo_jax.training.state import Arrays, TrainState, merge, on_device
+from data_pipeline.batch import Batch
+
+
+class Accumulated(NamedTuple):
+    """Sums over the microbatches so far of an update."""
+
+    grads: Arrays  # of the sum of the losses, cut over the mesh as the parameters are
+    sums: losses.Sums
+
+
+def shapes_of(abstract: TrainState) -> Accumulated:
+    """Shapes and shardings of what is accumulated."""
+
+    def shape(like: jax.ShapeDtypeStruct) -> Any:
+        return jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+
+    grads = {name: shape(param) for name, param in abstract.params.items()}
+    return Accumulated(grads, losses.Sums(*[shape(abstract.step)] * len(losses.Sums._fields)))
+
+
+def make_zeros(abstract: TrainState) -> Any:
+    """Jitted () -> what is accumulated before the first microbatch."""
+    shapes = shapes_of(abstract)
+    places = jax.tree.map(lambda s: s.sharding, shapes)
+
+    @partial(jax.jit, out_shardings=places)
+    def zeros() -> Accumulated:
+        return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return zeros
+
+
+def make_add(
+    graphdef: nnx.GraphDef,
+    loss_sums: Any,
+    abstract: TrainState,
+    options: Mapping[str, str] | None = None,
+) -> Any:
+    """Jitted (gradients, sums, params, opt_state, frozen, batch) -> what is accumulated then.
+
+    The old gradients are overwritten; the old sums are not, so that they can be waited for.
+    """
+    places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract))
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=dict(options or {}))
+    def add(
+        grads: Arrays, sums: losses.Sums, params: Arrays, opt_state: Any, frozen: Arrays, batch: Any
+    ) -> Accumulated:
+        point = gradient_point(params, on_device(opt_state, abstract.opt_state))
+        return added(Accumulated(grads, sums), graphdef, loss_sums, point, frozen, batch)
+
+    return add
+
+
+def added(
+    before: Accumulated,
+    graphdef: nnx.GraphDef,
+    loss_sums: Any,
+    point: Arrays,
+    frozen: Arrays,
+    batch: Batch,
+) -> Accumulated:
+    """With one more microbatch, its gradient taken at `point`."""
+
+    def loss(params: Arrays):
+        sums = loss_sums(merge(graphdef, params, frozen), batch)
+        return sums.loss, sums
+
+    grads, sums = jax.grad(loss, has_aux=True)(point)
+    grads = {name: before.grads[name] + grad.astype(jnp.float32) for name, grad in grads.items()}
+    return Accumulated(grads, jax.tree.map(jnp.add, before.sums, sums))
+
+
+def mean_gradients(total: Accumulated, params: Arrays) -> Arrays:
+    """Of the mean loss over all microbatches, in the dtypes of the parameters."""
+    weight = jnp.maximum(total.sums.weight, 1.0)  # as losses.mean
+    return {name: (g / weight).astype(params[name].dtype) for name, g in total.grads.items()}

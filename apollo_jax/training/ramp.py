@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ramp: of how many microbatches each update of a run consists."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Ramp(NamedTuple):
+    """A step function of the updates so far; pieces as in `train.batch_ramp`."""
+
+    pieces: tuple[tuple[int, int], ...]  # (updates so far from which on, microbatches), from 0 on
+
+    def at(self, update: int) -> int:
+        """Microbatches of the update that follows `update` others."""
+        return next(count for first, count in reversed(self.pieces) if first <= update)
+
+    def before(self, update: int) -> int:
+        """Microbatches of the first `update` updates together."""
+        ends = [first for first, _ in self.pieces[1:]] + [update]
+        pairs = zip(self.pieces, ends, strict=True)
+        return sum(count * max(0, min(end, update) - first) for (first, count), end in pairs)
+
+    @property
+    def most(self) -> int:
+        """Microbatches of the largest update."""
+        return max(count for _, count in self.pieces)
+
+
+def problems(accumulate: int, pieces: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """What is wrong with `train.accumulate` and `train.batch_ramp`, by name."""
+    if accumulate < 1:
+        yield f"config.train.accumulate is {accumulate}, an update has at least 1 microbatch"
+    if not pieces:
+        return
+    name = f"config.train.batch_ramp {','.join(f'{a}:{b}' for a, b in pieces)}"
+    if accumulate != 1:
+        yield f"{name} says how many microbatches an update has: leave train.accumulate at 1"
+    if pieces[0][0] != 0:
+        yield f"{name} must begin at update 0"
+    if any(later <= sooner for (sooner, _), (later, _) in pairwise(pieces)):
+        yield f"{name} must go from earlier to later updates"
+    if any(count < 1 for _, count in pieces):
+        yield f"{name} has an update without a microbatch; at least 1"

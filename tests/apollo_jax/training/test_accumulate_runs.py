@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs whose updates are made of microbatches: the same rows, resumed exactly, all records told."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apollo_jax.config import load
+from apollo_jax.training.rows import place
+from apollo_jax.training.train import train
+from data_pipeline.loader import Loader
+
+SMALL = Path(__file__).parent / "small.py"
+STEPS = {"train.num_steps": "4", "train.checkpoint_every": "1"}
+TOLERANCE = 1e-5  # relative, of losses whose sums are in another order
+
+
+@pytest.fixture(scope="module")
+def texts(world, tmp_path_factory) -> Path:
+    """A folder with the world's texts and tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
+    shutil.copy(world / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(texts, tmp_path_factory):
+    """trained({"train.accumulate": "2"}[, folder]): the folder of such a run."""
+
+    def trained(overrides: dict[str, str], workdir: Path | None = None) -> Path:
+        workdir = workdir or tmp_path_factory.mktemp("run")
+        assert train(load(f"{SMALL}:{texts}", STEPS | overrides), workdir)
+        return workdir
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def twos(trained) -> Path:
+    """The folder of a run of four updates from two microbatches each."""
+    return trained({"train.accumulate": "2"})
+
+
+def lines(workdir: Path, *names: str) -> list[tuple]:
+    found = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [tuple(line[name] for name in ("step", *names)) for line in found]
+
+
+def test_it_is_the_run_with_twice_the_rows(twos, trained):
+    names = ("loss", "target_tokens", "grad_norm", "learning_rate/llm", "data/all/seen")
+    expected = lines(trained({"data.batch_size": "16"}), *names)
+    np.testing.assert_allclose(lines(twos, *names), expected, rtol=TOLERANCE)
+    assert len(expected) == 4
+
+
+def before(workdir: Path, step: int, to: Path) -> Path:
+    """A copy of a run as it was when it was killed after the checkpoint of `step`."""
+    copy = shutil.copytree(workdir, to)
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
+def test_resumed_it_goes_on_bit_for_bit(twos, trained, tmp_path):
+    copy = before(twos, 2, tmp_path / "copy")
+    trained({"train.accumulate": "2"}, copy)
+    names = ("loss", "accuracy", "grad_norm", "target_tokens")
+    assert lines(copy, *names) == lines(twos, *names)
+
+
+def test_all_records_of_a_bad_update_are_told(texts, twos, trained, monkeypatch, tmp_path):
+    """The first of its microbatches has weights that are no numbers."""
+    calls = []
+
+    def placed(rows, mesh):
+        calls.append(rows)
+        factor = np.float32(np.nan if len(calls) == 1 else 1)
+        return place(rows._replace(loss_weights=rows.loss_weights * factor), mesh)
+
+    monkeypatch.setattr("apollo_jax.training.train.place", placed)
+    copy = before(twos, 2, tmp_path / "copy")
+    trained({"train.accumulate": "2", "train.on_nonfinite": "skip"}, copy)
+    assert len(calls) == 4
+    (said,) = map(json.loads, (copy / "bad_steps.jsonl").read_text().splitlines())
+    assert said["step"] == 3
+    with contextlib.closing(Loader(load(f"{SMALL}:{texts}").data, num_steps=6)) as loader:
+        for _ in range(6):
+            next(loader)
+        assert said["records"] == loader.records(4) + loader.records(5) != []
+    assert lines(copy, "loss")[2] == (3, None)
+    assert lines(copy, "target_tokens")[3] == lines(twos, "target_tokens")[3]
