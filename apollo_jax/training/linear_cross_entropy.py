@@ -10,8 +10,9 @@ For position t with hidden state h_t, weight w_t and target y_t, over the rows e
 are three products of T x D x V: z, dh, de. Only a piece of z exists at a time, cut either way:
 
 along "positions": a piece has all of V, so lse and with it the gradients follow at once, in the
-    forward pass; nothing is computed twice. Each device holds the table and, if it trains, its
-    gradient in float32 whole (but for `tensor`).
+    forward pass; nothing is computed twice. The table and, if it trains, its gradient in float32
+    are held by a group of devices, each with some of their rows, see shared_table.py; alone or
+    without `fsdp` and `tensor`, by each device.
 along "vocabulary": a first pass over blocks of the table finds lse; the backward pass makes z
     again, four products in all. Nothing as large as the table exists: its blocks are gathered
     over `fsdp` and the blocks of its gradient scattered as they come.
@@ -31,7 +32,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-_NOT_A_TOKEN = jnp.iinfo(jnp.int32).max
+from apollo_jax.training import shared_table
+from apollo_jax.training.shared_table import NOT_A_TOKEN, Group
+
 _LANES = 128  # blocks of the vocabulary are a multiple of it
 
 
@@ -60,21 +63,21 @@ def by_positions(
 
     `gradients` says which of (hidden, table) are wanted; the others are None. Chunk 0 is all.
     """
-    columns = _gather(table, hidden.dtype, axes)
-    ids = _ids(table, axes)
+    group = shared_table.group(table, axes.embed, gradients[1])
+    columns, ids = group.rows(table, hidden.dtype), group.ids(table, axes.vocab)
 
     def body(d_table: Array | None, piece: tuple[Array, Array, Array]):
-        h, t, w = piece
-        z = _dot(h, columns, (1, 0))
-        seen = _together(_see(_nothing_seen(t.shape[0]), z, ids, t), axes)
-        loss, correct, lse = _sums(seen, t, w)
+        h, t, w = map(group.positions, piece)
+        z = _masked(_dot(h, columns, (1, 0)), ids)
+        seen = _together(_see(_nothing_seen(t.shape[0]), z, ids, t), axes, group)
+        loss, correct, lse = _sums(seen, t, group.own(w))
         if not any(gradients):
             return d_table, (loss, correct, None)
         s = (_slopes(z, lse, ids, t) * w[:, None]).astype(h.dtype)
-        d_hidden = lax.psum(_dot(s, columns, (1, 1)), axes.vocab).astype(h.dtype)
+        d_hidden = group.sum_positions(lax.psum(_dot(s, columns, (1, 1)), axes.vocab))
         if d_table is not None:
             d_table = d_table + _dot(h, s, (0, 0))
-        return d_table, (loss, correct, d_hidden)
+        return d_table, (loss, correct, d_hidden.astype(h.dtype))
 
     count = targets.size
     chunk = min(chunk or count, count)
@@ -90,7 +93,9 @@ def by_positions(
     loss, correct = lax.psum((jnp.sum(loss), jnp.sum(correct)), axes.tokens)
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
-    return loss, correct, d_hidden, None if d_table is None else _scatter(d_table, axes)
+    if d_table is not None:
+        d_table = _scatter(group, d_table, table.shape[0], axes)
+    return loss, correct, d_hidden, d_table
 
 
 # ---- along the vocabulary
@@ -157,7 +162,8 @@ def gradients_by_vocabulary(
             more, d_columns = products(s)
         if d_table is not None and d_columns is not None:
             there = lax.dynamic_slice_in_dim(d_table, start, size)
-            there = there + _scatter(d_columns, axes)  # the last block meets rows again
+            # added: the last block meets rows again
+            there = there + _scatter(Group(*axes.embed), d_columns, size, axes)
             d_table = lax.dynamic_update_slice_in_dim(d_table, there, start, 0)
         return (d_hidden + more, d_table), None
 
@@ -193,13 +199,15 @@ def _block(
     """
     start = jnp.minimum(block * size, table.shape[0] - size)
     rows = lax.dynamic_slice_in_dim(table, start, size)
-    ids = lax.dynamic_slice_in_dim(_ids(table, axes), start, size)
-    ids = jnp.where(start + jnp.arange(size) >= block * size, ids, _NOT_A_TOKEN)
-    return _gather(rows, dtype, axes), ids, start
+    group = Group(*axes.embed)
+    ids = lax.dynamic_slice_in_dim(group.ids(table, axes.vocab), start, size)
+    ids = jnp.where(start + jnp.arange(size) >= block * size, ids, NOT_A_TOKEN)
+    return group.rows(rows, dtype), ids, start
 
 
 def _masked(z: Array, ids: Array) -> Array:
-    return jnp.where(ids == _NOT_A_TOKEN, -jnp.inf, z)
+    """What is no token is never likely; finite, for a device may have nothing else."""
+    return jnp.where(ids == NOT_A_TOKEN, jnp.finfo(z.dtype).min, z)
 
 
 # ---- both
@@ -229,12 +237,16 @@ def _see(seen: _Seen, z: Float[Array, "T b"], ids: Int[Array, " b"], targets: Ar
     return _Seen(top, best, total, seen.target + target)
 
 
-def _together(seen: _Seen, axes: Axes) -> _Seen:
+def _together(seen: _Seen, axes: Axes, group: Group = shared_table.NO_GROUP) -> _Seen:
     """What the devices have seen that hold the parts of the vocabulary."""
-    top = lax.pmax(seen.top, axes.vocab)
-    best = lax.pmin(jnp.where(seen.top == top, seen.best, _NOT_A_TOKEN), axes.vocab)
-    total = lax.psum(seen.total * jnp.exp(seen.top - top), axes.vocab)
-    return _Seen(top, best, total, lax.psum(seen.target, axes.vocab))
+
+    def over(reduction: Callable[..., Array], x: Array) -> Array:
+        return group.reduce(reduction, reduction(x, axes.vocab))
+
+    top = over(lax.pmax, seen.top)
+    best = over(lax.pmin, jnp.where(seen.top == top, seen.best, NOT_A_TOKEN))
+    total = over(lax.psum, seen.total * jnp.exp(seen.top - top))
+    return _Seen(top, best, total, over(lax.psum, seen.target))
 
 
 def _sums(seen: _Seen, targets: Array, weights: Array) -> tuple[Array, Array, Array]:
@@ -249,27 +261,13 @@ def _slopes(z: Array, lse: Array, ids: Array, targets: Array) -> Float[Array, "T
     return jnp.exp(z - lse[:, None]) - (ids == targets[:, None]).astype(jnp.float32)
 
 
-def _ids(table: Array, axes: Axes) -> Int[Array, " V"]:
-    """Tokens of this device's rows."""
-    return lax.axis_index(axes.vocab) * table.shape[0] + jnp.arange(table.shape[0])
-
-
 def _dot(a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Product over one axis of each, in float32."""
     axes = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-# The table crosses the mesh transposed: a part of the columns of its transpose is whole tiles of
-# memory, a part of its own columns is not, and is copied once more.
-
-
-def _gather(rows: Float[Array, "b d"], dtype: Any, axes: Axes) -> Float[Array, "D b"]:
-    """The rows of all the devices' columns."""
-    return lax.all_gather(rows.astype(dtype).T, axes.embed, axis=0, tiled=True)
-
-
-def _scatter(d_columns: Float[Array, "D b"], axes: Axes) -> Float[Array, "b d"]:
-    """This device's columns of the sum of all devices' gradients."""
-    mine = lax.psum_scatter(d_columns, axes.embed, scatter_dimension=0, tiled=True)
-    return lax.psum(mine, tuple(a for a in axes.tokens if a not in axes.embed)).T
+def _scatter(group: Group, d_columns: Float[Array, "D v"], rows: int, axes: Axes) -> Array:
+    """This device's columns of the sum of all devices' gradients, [rows, d]."""
+    rest = tuple(axis for axis in axes.tokens if axis != group.axis)
+    return lax.psum(group.scatter(d_columns, rows), rest)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from apollo_jax import sharding
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import losses
+from apollo_jax.training import losses, shared_table
 
 B, L, D, V = 8, 12, 16, 384  # three blocks of the smallest size
 CUTS = ("positions", "vocabulary")
@@ -160,6 +160,37 @@ def test_meshes_equal_one_device(config, cut):
         found = gradients(losses.cross_entropy, jax.device_put(arrays, places), chunk=5, cut=cut)
         assert found[1][1].sharding.is_equivalent_to(rows, 2)
     close(found, expected)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("devices", "vocabulary"), [(1, 1024), (2, 1024), (4, 300), (8, 7)])
+@pytest.mark.parametrize("config", [m for m in MESHES if m.fsdp == 8], ids=str)
+def test_groups_of_any_size_share_the_table(config, devices, vocabulary, trained, monkeypatch):
+    """Rows that the group divides and does not; devices that hold padding alone."""
+    bytes_of_all = vocabulary * D * (6 if trained else 2)
+    monkeypatch.setattr(shared_table, "_HELD_BYTES", -(-bytes_of_all // devices))
+    sizes = []
+    made = shared_table.group
+    monkeypatch.setattr(shared_table, "group", lambda *a: sizes.append(made(*a)) or sizes[-1])
+    hidden, table, targets, weights = inputs(vocabulary=vocabulary)
+    expected = gradients(naive, (hidden, table, targets, weights))
+    with jax.set_mesh(sharding.make_mesh(config)):
+        if trained:
+            close(
+                gradients(losses.cross_entropy, (hidden, table, targets, weights), chunk=5),
+                expected,
+            )
+        else:
+
+            def loss(hidden):
+                return losses.mean(losses.cross_entropy(hidden, table, targets, weights, chunk=5))[
+                    0
+                ]
+
+            np.testing.assert_allclose(
+                jax.jit(jax.grad(loss))(hidden), expected[1][0], rtol=1e-5, atol=1e-6
+            )
+    assert {group.size for group in sizes} == {devices}
 
 
 @pytest.mark.parametrize("cut", CUTS)
