@@ -84,7 +84,8 @@ class TrainConfig:
     remat: Remat = "none"  # what the backward pass keeps of each layer, see models/layers.py: fold
     offload_optimizer: bool = False  # its moments in the host's memory, brought in for each update
     loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
-    # What the logits are cut along: "positions" computes least, "vocabulary" holds least.
+    # What the logits are cut along: "positions" computes least, "vocabulary" sends least of many
+    # positions, see linear_cross_entropy.py.
     loss_cut: Literal["positions", "vocabulary"] = "positions"
     log_every: int = 10
     checkpoint_every: int = 500

@@ -90,8 +90,7 @@ def decoder_only(shape: Shape, remat: str) -> Experiment:
     train = TrainConfig(
         num_steps=1000,
         remat=remat,  # pyright: ignore[reportArgumentType]
-        loss_chunk=min(1024, shape.tokens),
-        loss_cut="vocabulary",
+        loss_chunk=min(256, shape.tokens),
     )
     mesh = sharding.MeshConfig(data=1, fsdp=-1)
     return Experiment(

@@ -126,10 +126,7 @@ def recipe(
                 param_dtype="float32",  # ours: steps of 1e-5 are lost in bfloat16 parameters
                 frozen_dtype="bfloat16",
                 remat=stage["remat"],
-                loss_chunk=1024,  # ours: bounds the memory of the logits
-                # ours: a head that trains needs its gradient scattered, one that does not no more
-                # than two products
-                loss_cut="vocabulary" if stage["rates"].llm else "positions",
+                loss_chunk=256,  # ours: bounds the memory of the logits
             ),
             mesh=stage["mesh"],  # published: ZeRO-2; fsdp also shards parameters
             topology=slice_name,

@@ -168,9 +168,9 @@ def _rates(mesh: Any, topology: Topology) -> Rates:
 def model_flops(experiment: Experiment) -> float:
     """FLOPs that a step of this experiment needs: products of its loss's gradient.
 
-    Counted without rematerialisation; the decoder's causal attention by half.
+    Counted without rematerialisation, of logits too; the decoder's causal attention by half.
     """
-    train = replace(experiment.train, remat="none", loss_chunk=0)
+    train = replace(experiment.train, remat="none", loss_chunk=0, loss_cut="positions")
     trained = stages.trained_components(experiment.optimizer.learning_rates)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices("cpu")[:1])
     graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)

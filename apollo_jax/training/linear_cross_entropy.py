@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 from apollo_jax.training import shared_table
 from apollo_jax.training.shared_table import NOT_A_TOKEN, Group
 
+_ALONE = Group()
 _LANES = 128  # blocks of the vocabulary are a multiple of it
 
 
@@ -163,7 +164,7 @@ def gradients_by_vocabulary(
         if d_table is not None and d_columns is not None:
             there = lax.dynamic_slice_in_dim(d_table, start, size)
             # added: the last block meets rows again
-            there = there + _scatter(Group(*axes.embed), d_columns, size, axes)
+            there = there + _scatter(shared_table.alone(axes.embed), d_columns, size, axes)
             d_table = lax.dynamic_update_slice_in_dim(d_table, there, start, 0)
         return (d_hidden + more, d_table), None
 
@@ -199,7 +200,7 @@ def _block(
     """
     start = jnp.minimum(block * size, table.shape[0] - size)
     rows = lax.dynamic_slice_in_dim(table, start, size)
-    group = Group(*axes.embed)
+    group = shared_table.alone(axes.embed)
     ids = lax.dynamic_slice_in_dim(group.ids(table, axes.vocab), start, size)
     ids = jnp.where(start + jnp.arange(size) >= block * size, ids, NOT_A_TOKEN)
     return group.rows(rows, dtype), ids, start
@@ -237,7 +238,7 @@ def _see(seen: _Seen, z: Float[Array, "T b"], ids: Int[Array, " b"], targets: Ar
     return _Seen(top, best, total, seen.target + target)
 
 
-def _together(seen: _Seen, axes: Axes, group: Group = shared_table.NO_GROUP) -> _Seen:
+def _together(seen: _Seen, axes: Axes, group: Group = _ALONE) -> _Seen:
     """What the devices have seen that hold the parts of the vocabulary."""
 
     def over(reduction: Callable[..., Array], x: Array) -> Array:

@@ -46,8 +46,8 @@ def cross_entropy(
 ) -> Sums:
     """Sums of weights * -log p(target), with p = softmax(hidden . table) in float32.
 
-    At a time each device holds the logits of `chunk` positions (0 = all), or as many cut along the
-    vocabulary: `cut` chooses between fewer FLOPs and less memory, see linear_cross_entropy.py.
+    At a time each device holds as many logits as `chunk` positions have (0 = all); `cut` says of
+    what, see linear_cross_entropy.py.
     Products are taken in the dtype of `hidden`; their sums and the table's gradient are float32.
     `skip_below` > 0 leaves out of the gradients the blocks of the vocabulary in which no
     probability (less one at the target) reaches it; that needs cut="vocabulary". Gradients flow to

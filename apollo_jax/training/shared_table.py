@@ -100,16 +100,16 @@ class Group(NamedTuple):
         return reduction(x, self.axis, axis_index_groups=self._inside())
 
 
-NO_GROUP = Group()
+def alone(axes: tuple[str, ...]) -> Group:
+    """Groups of one device each along the axis over which columns are spread, if any."""
+    return Group(axes[0]) if axes else Group()
 
 
 def group(table: Float[Array, "V d"], axes: tuple[str, ...], trained: bool) -> Group:
-    """The smallest group along the axis over which columns are spread that has enough memory."""
+    """The smallest group along that axis whose devices can hold their rows and their gradient."""
     if not axes:
         return Group()
-    (axis,) = axes
-    count = lax.axis_size(axis)
+    count = lax.axis_size(axes[0])
     needed = table.size * count * (6 if trained else 2)  # rows in bfloat16, gradient in float32
-    sizes = [n for n in range(1, count + 1) if count % n == 0]
-    enough = [n for n in sizes if needed <= n * _HELD_BYTES]
-    return Group(axis, enough[0] if enough else count)
+    enough = (n for n in range(1, count) if count % n == 0 and needed <= n * _HELD_BYTES)
+    return Group(axes[0], next(enough, count))
