@@ -78,6 +78,7 @@ class TrainConfig:
     accumulate: int = 1  # microbatches (of data.batch_size rows) to an update
     # Instead: (first update, microbatches from there on), from 0 on: 0:1,1000:2,5000:8
     batch_ramp: tuple[tuple[int, int], ...] = ()
+    noise_scale: bool = False  # estimate it from the microbatches of an update
     dtype: DType = "bfloat16"  # of the computation
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
@@ -166,7 +167,7 @@ def _problems(e: Experiment) -> Iterator[str]:
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:
         yield f"config.train.loss_chunk is {e.train.loss_chunk}; 0 = all positions at once"
-    yield from ramp.problems(e.train.accumulate, e.train.batch_ramp)
+    yield from ramp.problems(e.train.accumulate, e.train.batch_ramp, e.train.noise_scale)
     positive = ("num_steps", "log_every", "checkpoint_every", "keep")
     for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):
         if getattr(e.train, name) < 1:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from apollo_jax.training import losses
+from apollo_jax.training.noise_scale import Spread, no_spread, spread_of
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import Arrays, TrainState, merge, on_device
 from data_pipeline.batch import Batch
@@ -23,21 +24,25 @@ class Accumulated(NamedTuple):
 
     grads: Arrays  # of the sum of the losses, cut over the mesh as the parameters are
     sums: losses.Sums
+    spread: Spread | None = None  # of their gradients, if it is asked for
 
 
-def shapes_of(abstract: TrainState) -> Accumulated:
+def shapes_of(abstract: TrainState, spread: bool = False) -> Accumulated:
     """Shapes and shardings of what is accumulated."""
 
     def shape(like: jax.ShapeDtypeStruct) -> Any:
         return jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
 
     grads = {name: shape(param) for name, param in abstract.params.items()}
-    return Accumulated(grads, losses.Sums(*[shape(abstract.step)] * len(losses.Sums._fields)))
+    scalar = shape(abstract.step)
+    sums = losses.Sums(*[scalar] * len(losses.Sums._fields))
+    spreads = jax.tree.map(lambda _: scalar, no_spread(abstract.params)) if spread else None
+    return Accumulated(grads, sums, spreads)
 
 
-def make_zeros(abstract: TrainState) -> Any:
+def make_zeros(abstract: TrainState, spread: bool = False) -> Any:
     """Jitted () -> what is accumulated before the first microbatch."""
-    shapes = shapes_of(abstract)
+    shapes = shapes_of(abstract, spread)
     places = jax.tree.map(lambda s: s.sharding, shapes)
 
     @partial(jax.jit, out_shardings=places)
@@ -52,19 +57,20 @@ def make_add(
     loss_sums: Any,
     abstract: TrainState,
     options: Mapping[str, str] | None = None,
+    spread: bool = False,
 ) -> Any:
-    """Jitted (gradients, sums, params, opt_state, frozen, batch) -> what is accumulated then.
+    """Jitted (gradients, other sums, params, opt_state, frozen, batch) -> what is accumulated then.
 
     The old gradients are overwritten; the old sums are not, so that they can be waited for.
     """
-    places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract))
+    places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract, spread))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=dict(options or {}))
     def add(
-        grads: Arrays, sums: losses.Sums, params: Arrays, opt_state: Any, frozen: Arrays, batch: Any
+        grads: Arrays, sums: tuple, params: Arrays, opt_state: Any, frozen: Arrays, batch: Any
     ) -> Accumulated:
         point = gradient_point(params, on_device(opt_state, abstract.opt_state))
-        return added(Accumulated(grads, sums), graphdef, loss_sums, point, frozen, batch)
+        return added(Accumulated(grads, *sums), graphdef, loss_sums, point, frozen, batch)
 
     return add
 
@@ -84,8 +90,11 @@ def added(
         return sums.loss, sums
 
     grads, sums = jax.grad(loss, has_aux=True)(point)
+    spread = before.spread
+    if spread is not None:
+        spread = jax.tree.map(jnp.add, spread, spread_of(grads, sums.weight))
     grads = {name: before.grads[name] + grad.astype(jnp.float32) for name, grad in grads.items()}
-    return Accumulated(grads, jax.tree.map(jnp.add, before.sums, sums))
+    return Accumulated(grads, jax.tree.map(jnp.add, before.sums, sums), spread)
 
 
 def mean_gradients(total: Accumulated, params: Arrays) -> Arrays:

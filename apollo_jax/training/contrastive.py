@@ -43,6 +43,7 @@ from apollo_jax.training import train as training
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
+from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import make_optimizer, make_schedules
 from apollo_jax.training.state import (
     abstract_model,
@@ -96,7 +97,7 @@ def _problems(c: Contrastive) -> Iterator[str]:
     if c.data.frames_per_clip != c.model.frames_per_clip:
         count = c.model.frames_per_clip
         yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
-    yield from ramp.problems(c.train.accumulate, c.train.batch_ramp)
+    yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
 
@@ -148,8 +149,9 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
         whole: Any = experiment  # has the fields of an Experiment that the loop reads
         judged = None if saved is None else saved.get("guard")
         guard = Guard(whole.train, workdir, records_of(loader, sizes), judged)
-        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput)
-        return training._loop(begun_run, step, state)
+        noise = NoiseScale(None if saved is None else saved.get("noise"))
+        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput, noise)
+        return training.loop(begun_run, step, state)
 
 
 def _continues(experiment: Contrastive, workdir: Path) -> bool:

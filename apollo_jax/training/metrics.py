@@ -21,6 +21,7 @@ from tensorboardX import SummaryWriter
 from apollo_jax.training import agreement
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import BAD_STEPS, Guard, Measured, finite
+from apollo_jax.training.noise_scale import NoiseScale
 from data_pipeline.loader import Counts, LoadStats
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
@@ -47,10 +48,12 @@ class MetricLog:
         max_bad_share: float = 1.0,
         guard: Guard | None = None,
         goodput: Goodput | None = None,
+        noise: NoiseScale | None = None,
     ):
         self.start, self.num_steps, self.every = start, num_steps, every
         self.max_bad_share, self.guard = max_bad_share, guard
         self.goodput = Goodput() if goodput is None else goodput
+        self.noise = NoiseScale() if noise is None else noise
         self.judged = start  # the step up to which the guard has seen all, or is not to
         self.counts = {name: np.zeros(len(Counts._fields), np.int64) for name in sources}
         self.new = np.zeros((len(sources), len(Counts._fields)), np.int32)  # of this process
@@ -136,6 +139,7 @@ class MetricLog:
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
+        metrics = self.noise.see(metrics)
         loss, norm = map(float, jax.device_get((metrics["loss"], metrics["grad_norm"])))
         if self.guard is not None and step > self.judged:
             self.guard.see(Measured(step, loss, norm))

@@ -27,10 +27,17 @@ class Ramp(NamedTuple):
         return max(count for _, count in self.pieces)
 
 
-def problems(accumulate: int, pieces: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def problems(
+    accumulate: int, pieces: tuple[tuple[int, int], ...], noise_scale: bool = False
+) -> Iterator[str]:
     """What is wrong with `train.accumulate` and `train.batch_ramp`, by name."""
     if accumulate < 1:
         yield f"config.train.accumulate is {accumulate}, an update has at least 1 microbatch"
+    if noise_scale and max([accumulate, *(count for _, count in pieces)]) < 2:
+        yield (
+            "config.train.noise_scale compares the microbatches of an update, which has only one "
+            "here: set config.train.accumulate to 2 or more (and data.batch_size to fewer rows)"
+        )
     if not pieces:
         return
     name = f"config.train.batch_ramp {','.join(f'{a}:{b}' for a, b in pieces)}"

@@ -19,7 +19,7 @@ from apollo_jax import sharding
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
-from apollo_jax.training import accumulate, losses, stages
+from apollo_jax.training import accumulate, losses, noise_scale, stages
 from apollo_jax.training.accumulate import Accumulated
 from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
@@ -121,9 +121,9 @@ def make_program(
 ) -> Program:
     """The steps of a model with these loss sums."""
     update = make_update(graphdef, tx, schedules, loss_sums, abstract, options)
-    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract)
-    adder = accumulate.make_add(graphdef, loss_sums, abstract, options)
-    shapes = accumulate.shapes_of(abstract)
+    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, train.noise_scale)
+    adder = accumulate.make_add(graphdef, loss_sums, abstract, options, train.noise_scale)
+    shapes = accumulate.shapes_of(abstract, train.noise_scale)
 
     def train_step(
         state: TrainState,
@@ -139,8 +139,8 @@ def make_program(
         if accumulated is None:
             jax.block_until_ready(state.step)  # what the update before accumulated is free again
             accumulated = zeros()
-        grads, sums = accumulated
-        return adder(grads, sums, state.params, state.opt_state, state.frozen, batch)
+        grads, *sums = accumulated
+        return adder(grads, tuple(sums), state.params, state.opt_state, state.frozen, batch)
 
     def lower(batch: Batch, accumulated: bool = False) -> jax.stages.Lowered:
         skips = train.on_nonfinite == "skip"
@@ -150,7 +150,7 @@ def make_program(
 
     def lower_add(batch: Batch) -> jax.stages.Lowered:
         held = abstract.params, abstract.opt_state, abstract.frozen
-        return adder.lower(*shapes, *held, batch)
+        return adder.lower(shapes.grads, tuple(shapes[1:]), *held, batch)
 
     evaluate = make_eval_step(graphdef, loss_sums)
     return Program(abstract, tx, train_step, evaluate, lower, add, lower_add)
@@ -200,6 +200,8 @@ def make_update(
             total = accumulate.added(accumulated, graphdef, loss_sums, point, frozen, batch)
             grads = accumulate.mean_gradients(total, params)
             _, metrics = _measured(total.sums)
+            if total.spread is not None:
+                metrics |= noise_scale.estimates(total.spread, total.grads, total.sums.weight)
         metrics |= grad_norms(grads)
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`apollo-jax train`: from an Experiment to a folder with its checkpoints. See `_loop`."""
+"""`apollo-jax train`: from an Experiment to a folder with its checkpoints. See `loop`."""
 
 import argparse
 import contextlib
@@ -28,6 +28,7 @@ from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.metrics import MetricLog
+from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
@@ -93,7 +94,9 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         manager.write_run(workdir, experiment, tokenizer)
         judged = None if saved is None else saved.get("guard")
         guard = Guard(experiment.train, workdir, records_of(loader, ramp), judged)
-        return _loop(Run(experiment, workdir, mesh, program, loader, guard, goodput), step, state)
+        noise = NoiseScale(None if saved is None else saved.get("noise"))
+        begun_run = Run(experiment, workdir, mesh, program, loader, guard, goodput, noise)
+        return loop(begun_run, step, state)
 
 
 class Run(NamedTuple):
@@ -106,9 +109,10 @@ class Run(NamedTuple):
     loader: Loader
     guard: Guard
     goodput: Goodput
+    noise: NoiseScale
 
 
-def _loop(run: Run, start: int, state: TrainState) -> bool:
+def loop(run: Run, start: int, state: TrainState) -> bool:
     """Evaluate -> save (with the iterator) -> update -> the previous update's metrics."""
     train, every = run.experiment.train, run.experiment.evaluation.every
     done = stopped = False
@@ -123,6 +127,7 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
             max_bad_share=run.experiment.data.max_bad_share,
             guard=run.guard,
             goodput=run.goodput,
+            noise=run.noise,
         )
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         for resource in (log, checkpoints):
@@ -145,8 +150,8 @@ def _loop(run: Run, start: int, state: TrainState) -> bool:
             if saves:
                 agree(feed.mine, feed.digest)
                 with during("checkpoint"):
-                    data = run.loader.get_state() | {"guard": run.guard.state()}
-                    checkpoints.save(step, state, data)
+                    judged = {"guard": run.guard.state(), "noise": run.noise.state()}
+                    checkpoints.save(step, state, run.loader.get_state() | judged)
             checkpoints.check()
             if done or stopped:
                 break

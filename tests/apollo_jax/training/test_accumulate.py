@@ -55,7 +55,13 @@ def rows() -> dict[str, np.ndarray]:
     return {"x": x, "weights": weights.astype(np.float32)}
 
 
-def updated(microbatches: int, mesh: str = "alone", dtype: str = "float32", **fields: Any):
+def updated(
+    microbatches: int,
+    mesh: str = "alone",
+    dtype: str = "float32",
+    noise: bool = False,
+    **fields: Any,
+):
     """(first state, state and metrics after one update from all rows, what was accumulated)."""
     axes, devices = MESHES[mesh]
     on = sharding.make_mesh(axes, jax.devices()[:devices])
@@ -76,7 +82,8 @@ def updated(microbatches: int, mesh: str = "alone", dtype: str = "float32", **fi
     tx = make_optimizer(config, schedules)
     abstract = state.abstract_state(shapes, ("connector", "llm"), tx, on)
     loss: Any = sums
-    program = step.make_program(TrainConfig(10), graphdef, tx, schedules, loss, abstract)
+    train = TrainConfig(10, noise_scale=noise)
+    program = step.make_program(train, graphdef, tx, schedules, loss, abstract)
     place = NamedSharding(on, P(("data", "fsdp")))
     with jax.set_mesh(on):
         now = state.create(weights, abstract, tx)
@@ -124,8 +131,34 @@ def test_it_lies_as_the_parameters_do_in_float32():
 
 
 def test_schedule_free_takes_every_microbatch_at_one_point():
-    free = dict(name="schedule_free", schedule="constant")
+    free: dict[str, Any] = dict(name="schedule_free", schedule="constant")
     _, expected, told, _ = updated(1, **free)
     _, found, said, _ = updated(3, **free)
     check(said, told)
     check((found.params, found.opt_state), (expected.params, expected.opt_state))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_noise_is_the_weighted_variance_of_the_microbatches(mesh):
+    """Against its definition, (sum of w_i |g_i - G|^2) / (n - 1), from each one's own gradient."""
+    before, now, said, _ = updated(3, mesh, noise=True)
+    _, plain, told, _ = updated(3, mesh)
+    assert {n: v for n, v in said.items() if not n.startswith("noise")} == told
+    check((now.params, now.opt_state), (plain.params, plain.opt_state))
+    graphdef = nnx.split(Line())[0]
+    parts = {name: np.split(x, 3) for name, x in rows().items()}
+
+    def loss(params, i: int):
+        model = state.merge(graphdef, params, before.frozen)
+        return losses.mean(sums(model, {name: x[i] for name, x in parts.items()}))[0]
+
+    grads = [jax.device_get(jax.grad(loss)(before.params, i)) for i in range(3)]
+    weights = [part.sum() for part in parts["weights"]]
+    assert len(set(weights)) == 3
+    for names, suffix in ((("connector",), "/connector"), (("connector", "llm"), "")):
+        each = [np.concatenate([g[name] for name in names]) for g in grads]
+        mean = np.average(each, axis=0, weights=weights)
+        spread = sum(w * np.sum((g - mean) ** 2) for w, g in zip(weights, each, strict=True)) / 2
+        signal = np.sum(mean**2) - spread / sum(weights)
+        np.testing.assert_allclose(said[f"noise/variance{suffix}"], spread, rtol=1e-4)
+        np.testing.assert_allclose(said[f"noise/signal{suffix}"], signal, rtol=1e-4)

@@ -75,6 +75,27 @@ def test_resumed_it_goes_on_bit_for_bit(twos, trained, tmp_path):
     assert lines(copy, *names) == lines(twos, *names)
 
 
+def test_the_noise_scale_is_logged_and_resumed_exactly(twos, trained, tmp_path):
+    """Beside the same losses; its running means are part of the checkpoint."""
+    on = {"train.accumulate": "2", "train.noise_scale": "true"}
+    whole = trained(on)
+    assert lines(whole, "loss", "grad_norm") == lines(twos, "loss", "grad_norm")
+    names = ("noise_scale", "noise_scale/llm", "noise/variance", "noise/signal")
+    found = lines(whole, *names)
+    assert found[0][1] == pytest.approx(found[0][3] / found[0][4], rel=1e-6)
+    assert found[-1][1] != found[-1][3] / found[-1][4]
+    copy = before(whole, 2, tmp_path / "copy")
+    trained(on, copy)
+    assert lines(copy, *names) == found
+
+
+def test_one_microbatch_has_no_noise_scale(texts):
+    with pytest.raises(
+        ValueError, match=r"noise_scale compares .* set config\.train\.accumulate to 2"
+    ):
+        load(f"{SMALL}:{texts}", {"train.noise_scale": "true"})
+
+
 def test_all_records_of_a_bad_update_are_told(texts, twos, trained, monkeypatch, tmp_path):
     """The first of its microbatches has weights that are no numbers."""
     calls = []

@@ -85,7 +85,7 @@ def refused(world, tmp_path, monkeypatch):
         raise AssertionError("it got as far as the loop")
 
     def refused(match: str, *more: str, error: type[Exception] = ValueError) -> None:
-        monkeypatch.setattr(train, "_loop", compiled)
+        monkeypatch.setattr(train, "loop", compiled)
         with pytest.raises(error, match=match):
             train.main(command(world, tmp_path, "sft", "vision", *more))
         assert not (tmp_path / "sft").exists()
