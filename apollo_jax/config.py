@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from ml_collections import ConfigDict, config_dict
 
 from apollo_jax.models import apollo
+from apollo_jax.models.lora import LoraConfig
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import ramp
 from apollo_jax.training.optimizers import options
@@ -83,6 +84,7 @@ class TrainConfig:
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
     remat: Remat = "none"  # what the backward pass keeps of each layer, see models/layers.py: fold
+    lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank updates, see docs/stages.md
     offload_optimizer: bool = False  # its moments in the host's memory, brought in for each update
     loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
     # What the logits are cut along: "positions" computes least, "vocabulary" sends least of many
@@ -163,6 +165,15 @@ def _problems(e: Experiment) -> Iterator[str]:
     for name, rate in dataclasses.asdict(e.optimizer.learning_rates).items():
         if rate < 0:
             yield f"config.optimizer.learning_rates.{name} is {rate}; 0 freezes, negative is wrong"
+    for name in ("vision_tower", "connector", "llm"):
+        updates, rate = getattr(e.train.lora, name), getattr(e.optimizer.learning_rates, name)
+        if updates.rank < 0 or updates.alpha <= 0:
+            yield f"config.train.lora.{name} is {updates}; rank 0 is none, alpha must be above 0"
+        if updates.rank > 0 and not rate:
+            yield (
+                f"config.train.lora.{name}.rank is {updates.rank} but nothing of it trains: "
+                f"config.optimizer.learning_rates.{name} is 0"
+            )
     if e.optimizer.name == "schedule_free" and e.optimizer.schedule != "constant":
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:

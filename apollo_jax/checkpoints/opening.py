@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.checkpoints import companions, flat, run, safetensors, weights_folder
+from apollo_jax.checkpoints import adapters, companions, flat, run, safetensors, weights_folder
 from apollo_jax.checkpoints.checkpoint import (
     Checkpoint,
     Part,
@@ -29,9 +29,10 @@ from apollo_jax.checkpoints.foreign import (
 )
 from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
+from apollo_jax.checkpoints.sources import Source
 from apollo_jax.checkpoints.translate import Arrays, Renamed
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
-from apollo_jax.config import from_dict
+from apollo_jax.config import Experiment, from_dict
 from apollo_jax.models import apollo, two_towers
 from data_pipeline.tokenizer import Tokenizer
 
@@ -153,7 +154,7 @@ def open_flat(folder: Path, config: apollo.Config, key: str) -> Checkpoint:
 def open_run(workdir: Path) -> Checkpoint:
     """The latest weights of a run, with what the published folders it began from held besides."""
     experiment = run.read_experiment(workdir)
-    config, weights = experiment.model, OrbaxArrays(run.latest_weights(workdir))
+    config, weights = experiment.model, run_weights(workdir, experiment)
     began, files = _origins(experiment)
     tokenizer = Tokenizer.from_path(workdir / run.TOKENIZER)
     parts = {}
@@ -169,6 +170,13 @@ def open_run(workdir: Path) -> Checkpoint:
     return Checkpoint(config, parts, files)
 
 
+def run_weights(workdir: Path, experiment: Experiment) -> Source:
+    """The latest weights of a run by name, its low-rank updates merged into them."""
+    weights = OrbaxArrays(run.latest_weights(workdir))
+    chosen = experiment.train.lora.chosen()
+    return adapters.Adapted(weights, chosen) if chosen else weights
+
+
 def open_tower(workdir: Path, wanted: layout.PartConfig) -> Checkpoint:
     """The vision tower of a contrastive run that is of the kind of `wanted`, or its only one."""
     config = from_dict(
@@ -182,7 +190,7 @@ def open_tower(workdir: Path, wanted: layout.PartConfig) -> Checkpoint:
     return _alone(part_of_weights(own, fresh_files(own, view), view, Arrays({}), {}))
 
 
-def _origins(experiment: Any) -> tuple[dict[str, Part], companions.Files]:
+def _origins(experiment: Experiment) -> tuple[dict[str, Part], companions.Files]:
     """The published parts that a run began from, and the files outside them."""
     while run.is_run(Path(experiment.init_from)):
         experiment = run.read_experiment(Path(experiment.init_from))

@@ -62,6 +62,16 @@ def param(
     return nnx.Param(init(rngs.params(), tuple(shape), dtype), **axes(*names))
 
 
+class Linear(nnx.Linear):
+    """x W + b, and the low-rank update of one that `lora.attach` gave it."""
+
+    lora: Any = None
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        y = super().__call__(inputs, out_sharding)
+        return y if self.lora is None else y + self.lora(inputs)
+
+
 def linear(
     din: int,
     dout: int,
@@ -72,9 +82,9 @@ def linear(
     dtype: Any,
     param_dtype: Any,
     rngs: nnx.Rngs,
-) -> nnx.Linear:
+) -> "Linear":
     """Linear [..., din] -> [..., dout] with named kernel axes."""
-    return nnx.Linear(
+    return Linear(
         din,
         dout,
         use_bias=bias,

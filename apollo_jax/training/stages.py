@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from apollo_jax.config import LearningRates
-from apollo_jax.models import apollo
-from apollo_jax.training.state import component_of
+from apollo_jax.models import apollo, lora
+from apollo_jax.training.state import component_of, split
 
 
 def trained_components(rates: LearningRates) -> tuple[str, ...]:
@@ -26,19 +26,29 @@ def trained_components(rates: LearningRates) -> tuple[str, ...]:
 
 def count(shapes: Mapping[str, Any], component: str) -> int:
     """Parameters of a component among named arrays or shapes."""
-    return sum(math.prod(s.shape) for n, s in shapes.items() if component_of(n) == component)
+    return _size({n: s for n, s in shapes.items() if component_of(n) == component})
 
 
 def start_up_table(shapes: Mapping[str, Any], rates: LearningRates) -> Table:
-    """What trains, how many parameters it has, at which rate and in which dtype it is kept."""
+    """What trains, how many parameters it has, at which rate and in which dtype it is kept.
+
+    A component with low-rank updates has two lines: its own weights, and the updates.
+    """
     table = Table("component", "parameters", "trains", "peak rate", "kept as")
-    total = trainable = 0
+    params, frozen = split(shapes, trained_components(rates))
     for component in apollo.COMPONENTS:
-        rate, size = getattr(rates, component), count(shapes, component)
-        dtypes = {str(s.dtype) for n, s in shapes.items() if component_of(n) == component}
-        trains = ("yes", f"{rate:g}") if rate > 0 else ("frozen", "-")
-        table.add_row(component, f"{size:,}", *trains, ", ".join(sorted(dtypes)))
-        total, trainable = total + size, trainable + size * (rate > 0)
+        for part, trains in ((frozen, False), (params, True)):
+            own = {n: s for n, s in part.items() if component_of(n) == component}
+            if not own:
+                continue
+            said = ("yes", f"{getattr(rates, component):g}") if trains else ("frozen", "-")
+            what = f"{component}: updates" if any(map(lora.is_update, own)) else component
+            dtypes = ", ".join(sorted({str(s.dtype) for s in own.values()}))
+            table.add_row(what, f"{_size(own):,}", *said, dtypes)
     table.add_section()
-    table.add_row("all", f"{total:,}", f"{trainable:,}", "", "")
+    table.add_row("all", f"{_size(shapes):,}", f"{_size(params):,}", "", "")
     return table
+
+
+def _size(shapes: Mapping[str, Any]) -> int:
+    return sum(math.prod(s.shape) for s in shapes.values())

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
 from apollo_jax.config import TrainConfig
-from apollo_jax.models import apollo, two_towers
+from apollo_jax.models import apollo, lora, two_towers
 
 HOST, DEVICE = "pinned_host", "device"  # kinds of memory, as jax calls them
 
@@ -64,14 +64,14 @@ def abstract_model(
 ) -> tuple[nnx.GraphDef, Shapes]:
     """The model's graph and, by name, every weight's shape, stored dtype and sharding."""
     graphdef, state = jax.eval_shape(lambda: nnx.split(_build(config, train, seed=0)))
-    shardings = flatten(sharding.param_shardings(state, mesh))
+    shardings, leaves = flatten(sharding.param_shardings(state, mesh)), flatten(state)
+    params, _ = split(leaves, trained)
 
     def shape(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        trains = component_of(name) in trained
-        dtype = jnp.dtype(train.param_dtype if trains else train.frozen_dtype)
+        dtype = jnp.dtype(train.param_dtype if name in params else train.frozen_dtype)
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=shardings[name].get_value())
 
-    return graphdef, {name: shape(name, leaf) for name, leaf in flatten(state).items()}
+    return graphdef, {name: shape(name, leaf) for name, leaf in leaves.items()}
 
 
 def random_weights(config: ModelConfig, train: TrainConfig, shapes: Shapes, seed: int) -> Arrays:
@@ -87,12 +87,24 @@ def random_weights(config: ModelConfig, train: TrainConfig, shapes: Shapes, seed
 
 def _build(config: ModelConfig, train: TrainConfig, seed: int) -> nnx.Module:
     make: Any = apollo.Apollo if isinstance(config, apollo.Config) else two_towers.TwoTowers
-    return make(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(train.dtype))
+    rngs = nnx.Rngs(seed)
+    model = make(config, rngs=rngs, dtype=jnp.dtype(train.dtype))
+    lora.attach(model, train.lora, rngs)
+    return model
 
 
 def split(weights: Mapping[str, Any], trained: tuple[str, ...]) -> tuple[dict, dict]:
-    """(params, frozen): the weights of the trained components, and the others."""
-    params = {n: w for n, w in weights.items() if component_of(n) in trained}
+    """(params, frozen): the weights of the trained components, and the others.
+
+    Of a component with low-rank updates these alone are its params.
+    """
+    low = {component_of(n) for n in weights if lora.is_update(n)}
+
+    def trains(name: str) -> bool:
+        component = component_of(name)
+        return component in trained and (component not in low or lora.is_update(name))
+
+    params = {n: w for n, w in weights.items() if trains(n)}
     return params, {n: w for n, w in weights.items() if n not in params}
 
 
@@ -168,7 +180,7 @@ def on_device(tree: Any, shapes: Any) -> Any:
 def create(weights: Arrays, abstract: TrainState, tx: optax.GradientTransformation) -> TrainState:
     """The state before the first step, around `weights`."""
     places = jax.tree.map(lambda s: s.sharding, (abstract.step, abstract.opt_state))
-    params, frozen = split(weights, tuple({component_of(n) for n in abstract.params}))
+    params, frozen = ({n: weights[n] for n in part} for part in (abstract.params, abstract.frozen))
     init = jax.jit(lambda p: (jnp.zeros((), jnp.int32), tx.init(p)), out_shardings=places)
     step, opt_state = init(params)
     return TrainState(step, params, frozen, opt_state)

@@ -14,9 +14,10 @@ import jax
 
 from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
-from apollo_jax.checkpoints.opening import open_checkpoint, open_tower
+from apollo_jax.checkpoints.opening import open_checkpoint, open_tower, run_weights
 from apollo_jax.checkpoints.translate import Renamed
 from apollo_jax.config import REQUIRED, Experiment, differences
+from apollo_jax.models import lora
 from apollo_jax.training.state import Arrays, Shapes, random_weights
 from data_pipeline.tokenizer import Tokenizer
 
@@ -58,6 +59,15 @@ def initial_weights(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str
 
     Raises FileNotFoundError or ValueError naming the path and what does not fit.
     """
+    base = {n: s for n, s in shapes.items() if not lora.is_update(n)}
+    fresh = {n: s for n, s in shapes.items() if n not in base}
+    weights, origin = _without_updates(experiment, base)
+    if fresh:
+        weights |= random_weights(experiment.model, experiment.train, fresh, experiment.seed)
+    return weights, origin
+
+
+def _without_updates(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
     path, parts = experiment.init_from, list(_parts(experiment))
     if path and parts:
         raise ValueError("config.init_from names a whole model; clear it or config.init_parts")
@@ -81,11 +91,15 @@ def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays
             f"config.init_from {path} was trained with another tokenizer than config.data.tokenizer"
             f" {experiment.data.tokenizer}: {difference}; its own is {own}"
         )
-    checkpoints = manager.Checkpoints(path, read_only=True)
-    _check_shapes(path, checkpoints.stored_shapes(), shapes)
-    step, weights = checkpoints.restore_weights(shapes)
+    checkpoints, of = manager.Checkpoints(path, read_only=True), run.read_experiment(path)
+    found = checkpoints.stored_shapes()
+    _check_shapes(path, {n: s for n, s in found.items() if not lora.is_update(n)}, shapes)
+    if of.train.lora.chosen():
+        _, step, _ = run.progress(Path(path))
+        weights = placement.place(run_weights(Path(path), of), shapes)
+    else:
+        step, weights = checkpoints.restore_weights(shapes)
     checkpoints.close()
-    of = run.read_experiment(path)
     return weights, f"{path} ({of.name}) after step {step} of {of.train.num_steps}"
 
 

@@ -2,17 +2,21 @@
 """A little world of shards and conversations, and the experiment that trains on it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from apollo_jax import config
+from apollo_jax.checkpoints import run
+from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.tokenizer import train_sentencepiece
 
 TINY = Path(__file__).parent / "tiny.py"
+SMALL = Path(__file__).parent / "small.py"
 SPEC = ShardSpec(fps=2.0, size=32)
 
 
@@ -54,3 +58,36 @@ def experiment(world: Path):
         return config.load(f"{TINY}:{world}", overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def command(world: Path):
+    """command(workdir, rates, "--config.a=b", ...): arguments of `apollo-jax train`.
+
+    Two steps of the small model, on texts and videos, with the rates from the first step on.
+    """
+
+    def command(workdir: Path, rates: config.LearningRates, *more: str) -> list[str]:
+        fields = {
+            "data.sources.all.path": world / "train.jsonl",
+            "data.frames": world / "shards",
+            "data.clips": 1,
+            "data.length": 192,
+            "train.num_steps": 2,
+            "optimizer.warmup_ratio": 0,
+        } | {f"optimizer.learning_rates.{c}": rate for c, rate in asdict(rates).items()}
+        given = [f"--config.{name}={value}" for name, value in fields.items()]
+        return ["--config", f"{SMALL}:{world}", "--workdir", str(workdir), *given, *more]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def stored_weights():
+    """stored_weights(folder): the latest weights of a run by name, as they are stored."""
+
+    def stored_weights(folder: Path) -> dict[str, np.ndarray]:
+        stored = OrbaxArrays(run.latest_weights(folder))
+        return {name: stored.read(name) for name in stored.stored}
+
+    return stored_weights

@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 
 from apollo_jax.checkpoints import run
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.config import LearningRates
 from apollo_jax.training import train
 from apollo_jax.training.stages import trained_components
 from apollo_jax.training.state import component_of
 from data_pipeline.tokenizer import train_sentencepiece
 
-SMALL = Path(__file__).parent / "small.py"
 RATES = {  # Table 7's freezing
     "align": LearningRates(connector=1e-2),
     "vision": LearningRates(vision_tower=1e-3, connector=1e-2),
@@ -24,61 +22,45 @@ RATES = {  # Table 7's freezing
 }
 
 
-def command(world: Path, folder: Path, stage: str, before: str, *more: str) -> list[str]:
-    """The arguments of `apollo-jax train`."""
-    rates = [
-        f"--config.optimizer.learning_rates.{c}={getattr(RATES[stage], c)}"
-        for c in ("vision_tower", "connector", "llm")
-    ]
-    return [
-        *("--config", f"{SMALL}:{world}", "--workdir", str(folder / stage)),
-        *(f"--config.name=small-{stage}", *rates),
-        *(
-            f"--config.data.sources.all.path={world}/train.jsonl",
-            f"--config.data.frames={world}/shards",
-        ),
-        *("--config.data.clips=1", "--config.data.length=192", "--config.train.num_steps=2"),
-        *([f"--config.init_from=run:small-{before}"] if before else []),
-        *("--config.optimizer.warmup_ratio=0", *more),
-    ]
+def stage(name: str, before: str) -> list[str]:
+    """What a recipe says of its stages."""
+    start = [f"--config.init_from=run:small-{before}"] if before else []
+    return [f"--config.name=small-{name}", *start]
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory) -> Path:
+def runs(command, tmp_path_factory) -> Path:
     """The folder with the three stages' runs."""
     folder = tmp_path_factory.mktemp("runs")
-    for stage, before in zip(RATES, ("", *RATES), strict=False):
-        train.main(command(world, folder, stage, before))
+    for name, before in zip(RATES, ("", *RATES), strict=False):
+        train.main(command(folder / name, RATES[name], *stage(name, before)))
     return folder
 
 
-def weights(folder: Path) -> dict[str, np.ndarray]:
-    stored = OrbaxArrays(run.latest_weights(folder))
-    return {name: stored.read(name) for name in stored.stored}
-
-
-def test_a_stage_has_what_the_one_before_left(runs):
-    for before, stage in (("align", "vision"), ("vision", "sft")):
-        trained = trained_components(RATES[stage])
-        was, now = weights(runs / before), weights(runs / stage)
+def test_a_stage_has_what_the_one_before_left(runs, stored_weights):
+    for before, after in (("align", "vision"), ("vision", "sft")):
+        trained = trained_components(RATES[after])
+        was, now = stored_weights(runs / before), stored_weights(runs / after)
         assert was.keys() == now.keys()
         for name in was:
             moved = not np.array_equal(was[name], now[name])
             assert moved == (component_of(name) in trained), name
-        assert run.read_experiment(runs / stage).init_from == str(runs / before)
+        assert run.read_experiment(runs / after).init_from == str(runs / before)
 
 
-def test_the_same_command_continues_whatever_lies_there_now(runs, world, tmp_path, capsys):
+def test_the_same_command_continues_whatever_lies_there_now(
+    runs, command, stored_weights, tmp_path, capsys
+):
     copy = shutil.copytree(runs / "sft", tmp_path / "sft")
     shutil.rmtree(copy / "checkpoints" / "00000002")
-    train.main(command(world, tmp_path, "sft", "vision"))
+    train.main(command(copy, RATES["sft"], *stage("sft", "vision")))
     assert f"{runs / 'vision'} (small-vision) after step 2 of 2" in capsys.readouterr().out
-    again, first = weights(copy), weights(runs / "sft")
+    again, first = stored_weights(copy), stored_weights(runs / "sft")
     assert all(np.array_equal(again[name], first[name]) for name in first)
 
 
 @pytest.fixture
-def refused(world, tmp_path, monkeypatch):
+def refused(command, tmp_path, monkeypatch):
     """refused(match, *more): `:sft` beside tmp_path/vision ends with that error, not compiled."""
 
     def compiled(*_: object, **__: object):
@@ -87,7 +69,7 @@ def refused(world, tmp_path, monkeypatch):
     def refused(match: str, *more: str, error: type[Exception] = ValueError) -> None:
         monkeypatch.setattr(train, "loop", compiled)
         with pytest.raises(error, match=match):
-            train.main(command(world, tmp_path, "sft", "vision", *more))
+            train.main(command(tmp_path / "sft", RATES["sft"], *stage("sft", "vision"), *more))
         assert not (tmp_path / "sft").exists()
 
     return refused

@@ -30,11 +30,26 @@ def test_nothing_trains_is_an_error():
         stages.trained_components(LearningRates())
 
 
-def test_the_table_counts_and_names():
+def rows(shapes: dict, rates: LearningRates) -> list[list[str]]:
     console = Console(width=100, file=io.StringIO(), record=True)
-    console.print(stages.start_up_table(SHAPES, LearningRates(connector=1e-4)))
+    console.print(stages.start_up_table(shapes, rates))
     lines = console.export_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
-    assert ["vision_tower", "100", "frozen", "-", "bfloat16"] in rows
-    assert ["connector", "10", "yes", "0.0001", "float32"] in rows
-    assert ["all", "2,110", "10", "", ""] in rows
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+
+
+def test_the_table_counts_and_names():
+    found = rows(SHAPES, LearningRates(connector=1e-4))
+    assert ["vision_tower", "100", "frozen", "-", "bfloat16"] in found
+    assert ["connector", "10", "yes", "0.0001", "float32"] in found
+    assert ["all", "2,110", "10", "", ""] in found
+
+
+def test_the_table_tells_updates_from_what_they_update():
+    low = {
+        "llm/layers/q/lora/a": jax.ShapeDtypeStruct((2, 5, 1), jnp.float32),
+        "llm/layers/q/lora/b": jax.ShapeDtypeStruct((2, 1, 5), jnp.float32),
+    }
+    found = rows(SHAPES | low, LearningRates(llm=1e-3))
+    assert ["llm", "2,000", "frozen", "-", "bfloat16"] in found
+    assert ["llm: updates", "20", "yes", "0.001", "float32"] in found
+    assert ["all", "2,130", "20", "", ""] in found
