@@ -90,6 +90,9 @@ class TrainConfig:
     # What the logits are cut along: "positions" computes least, "vocabulary" sends least of many
     # positions, see linear_cross_entropy.py.
     loss_cut: Literal["positions", "vocabulary"] = "positions"
+    # Gradient filtering: blocks of the vocabulary of which no probability (less one at the target)
+    # reaches it are left out of the gradients; 0 = none, the exact gradient.
+    loss_skip_below: float = 0.0
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints
@@ -178,6 +181,8 @@ def _problems(e: Experiment) -> Iterator[str]:
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:
         yield f"config.train.loss_chunk is {e.train.loss_chunk}; 0 = all positions at once"
+    if e.train.loss_skip_below and e.train.loss_cut != "vocabulary":
+        yield "config.train.loss_skip_below skips blocks: it needs config.train.loss_cut=vocabulary"
     yield from ramp.problems(e.train.accumulate, e.train.batch_ramp, e.train.noise_scale)
     positive = ("num_steps", "log_every", "checkpoint_every", "keep")
     for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):

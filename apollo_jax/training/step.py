@@ -79,6 +79,7 @@ def batch_sums(
         x.loss_weights,
         chunk=train.loss_chunk,
         cut=train.loss_cut,
+        skip_below=train.loss_skip_below,
     )
 
 

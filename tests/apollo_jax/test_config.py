@@ -72,6 +72,7 @@ def test_overrides_are_read_by_the_type_of_the_field():
         ("--config.data.frame_size=64", "config.data.frame_size is 64, the model takes 32"),
         ("--config.data.length=4096", "positions end at 1024"),
         ("--config.train.loss_chunk=-7", "config.train.loss_chunk is -7"),
+        ("--config.train.loss_skip_below=1e-3", "needs config.train.loss_cut=vocabulary"),
         ("--config.optimizer.learning_rates.llm=-1", "negative is wrong"),
         ("--config.train.keep=0", "must be at least 1"),
         ("--confg.seed=3", "unknown argument '--confg.seed'"),

@@ -158,3 +158,17 @@ def test_keeps_every_dtype(experiment, mesh):
     same = jax.tree.map(lambda a, b: a.dtype == b.dtype, program.abstract, after)
     assert jax.tree.all(same)
     assert {str(v.dtype) for v in metrics.values()} == {"float32"}
+
+
+def test_gradients_are_filtered_as_the_config_says(experiment, mesh):
+    """No slope reaches two: nothing is left of the gradient, while the loss is what it was."""
+    filtered = {"train.loss_cut": "vocabulary", "train.loss_skip_below": "2"}
+    program = step.build(experiment(CONNECTOR_ONLY | filtered), mesh)
+    shapes = {**program.abstract.params, **program.abstract.frozen}
+    with jax.set_mesh(mesh):
+        e = experiment(CONNECTOR_ONLY)
+        weights = state.random_weights(e.model, e.train, shapes, e.seed)
+        now = state.create(weights, program.abstract, program.tx)
+        _, metrics = program.train_step(now, place(random_batch(), mesh))
+    assert metrics["grad_norm"] == 0.0
+    assert metrics["loss"] > 1.0
