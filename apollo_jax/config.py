@@ -48,7 +48,7 @@ class OptimizerConfig:
 
     learning_rates: LearningRates = LearningRates()
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_ratio: float = 0.03  # share of num_steps
+    warmup_ratio: float = 0.03  # share of the run, in what schedule_by counts
     clip_norm: float = 1.0  # 0 = no clipping
     b1: float = 0.9  # these three: of AdamW and all that is derived from it
     b2: float = 0.999
@@ -63,6 +63,11 @@ class OptimizerConfig:
     )  # times the component's rate
     decay_by_role: options.ByRole = field(default_factory=options.no_decay)  # times weight_decay
     decay_by_component: options.ByComponent = field(default_factory=options.ByComponent)
+    # What the schedule follows: they differ where the batch does, see docs/large_batch.md.
+    schedule_by: Literal["steps", "samples", "tokens"] = "steps"
+    # learning_rates are those of a batch of base_batch rows; others get them times this rule.
+    rate_rule: Literal["none", "linear", "sqrt"] = "none"
+    base_batch: int = 0
     adafactor: options.Adafactor = field(default_factory=options.Adafactor)
     lars: options.Lars = field(default_factory=options.Lars)
     lion: options.Lion = field(default_factory=options.Lion)
@@ -184,6 +189,7 @@ def _problems(e: Experiment) -> Iterator[str]:
     if e.train.loss_skip_below and e.train.loss_cut != "vocabulary":
         yield "config.train.loss_skip_below skips blocks: it needs config.train.loss_cut=vocabulary"
     yield from ramp.problems(e.train.accumulate, e.train.batch_ramp, e.train.noise_scale)
+    yield from options.rate_problems(e.optimizer.rate_rule, e.optimizer.base_batch)
     positive = ("num_steps", "log_every", "checkpoint_every", "keep")
     for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):
         if getattr(e.train, name) < 1:

@@ -44,7 +44,8 @@ from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.noise_scale import NoiseScale
-from apollo_jax.training.optimizer import make_optimizer, make_schedules
+from apollo_jax.training.optimizer import Batches, make_optimizer, make_schedules
+from apollo_jax.training.optimizers import options
 from apollo_jax.training.state import (
     abstract_model,
     abstract_state,
@@ -100,6 +101,7 @@ def _problems(c: Contrastive) -> Iterator[str]:
     yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
     if c.train.lora.chosen():
         yield "config.train.lora is of apollo-jax train: towers are pretrained as a whole"
+    yield from options.rate_problems(c.optimizer.rate_rule, c.optimizer.base_batch)
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
 
@@ -187,7 +189,8 @@ def build(experiment: Contrastive, mesh: Mesh) -> Program:
     trained = tuple(c for c, rate in rates.items() if rate > 0)
     graphdef, shapes = abstract_model(experiment.model, config, trained, mesh)
     rated = replace(experiment.optimizer, learning_rates=experiment.rates)  # pyright: ignore
-    schedules = make_schedules(rated, config.num_steps)
+    batches = Batches(experiment.data.batch_size, config.ramp)
+    schedules = make_schedules(rated, config.num_steps, batches)
     tx = make_optimizer(rated, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=config.offload_optimizer)
     sums: Any = partial(pair_sums, loss=experiment.loss, remat=config.remat)

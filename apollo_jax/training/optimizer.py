@@ -20,36 +20,87 @@ from apollo_jax.training.optimizers.apollo import scale_by_apollo
 from apollo_jax.training.optimizers.muon import scale_by_muon
 from apollo_jax.training.optimizers.roles import Role, by_role, per_layer, role_of
 from apollo_jax.training.optimizers.schedule_free import schedule_free
+from apollo_jax.training.ramp import Ramp
 from apollo_jax.training.state import Arrays, component_of
+
+
+class Batches(NamedTuple):
+    """The rows of a microbatch, and the microbatches of each update."""
+
+    rows: int = 1
+    ramp: Ramp = Ramp(((0, 1),))
+
+
+ONE = Batches()  # of one row
 
 Schedule = Callable[[jax.Array], jax.Array]  # updates so far, i32[] -> learning rate, f32[]
 
 
-def make_schedules(config: OptimizerConfig, num_steps: int) -> dict[str, Schedule]:
+def make_schedules(
+    config: OptimizerConfig, num_steps: int, batch: Batches = ONE
+) -> dict[str, Schedule]:
     """Learning rate of each trained component as a function of the updates so far.
 
-    Linear warm-up from 0 over warmup_ratio of the steps, then cosine to 0 (or constant).
+    Linear warm-up from 0 over warmup_ratio of the run, then cosine to 0 (or constant); the run is
+    counted in updates or in what they consume. Times the rule for the batch of the update.
     """
     rates = dataclasses.asdict(config.learning_rates)
-    return {name: partial(_rate, config, num_steps, r) for name, r in rates.items() if r > 0}
+    return {n: partial(_rate, config, num_steps, batch, r) for n, r in rates.items() if r > 0}
 
 
-def _rate(config: OptimizerConfig, num_steps: int, peak: float, count: jax.Array) -> jax.Array:
-    warmup = math.ceil(config.warmup_ratio * num_steps)
-    step = count.astype(jnp.float32)
+def _rate(
+    config: OptimizerConfig, num_steps: int, batch: Batches, peak: float, count: jax.Array
+) -> jax.Array:
+    total, done = num_steps, count
+    # In a run without a ramp every update consumes the same: its shares are those of the updates.
+    if config.schedule_by != "steps" and len(batch.ramp.pieces) > 1:
+        total, done = batch.ramp.before(num_steps), batch.ramp.traced_before(count)
+    warmup = math.ceil(config.warmup_ratio * total)
+    step = done.astype(jnp.float32)
     rate = peak * jnp.minimum(step / max(1, warmup), 1.0) if warmup else jnp.full_like(step, peak)
+    if config.rate_rule != "none":
+        rows = batch.rows * batch.ramp.traced_at(count).astype(jnp.float32)
+        rate = rate * rule_factor(config, rows)
     if config.schedule == "constant":
         return rate
-    progress = jnp.clip((step - warmup) / max(1, num_steps - warmup), 0.0, 1.0)
+    progress = jnp.clip((step - warmup) / max(1, total - warmup), 0.0, 1.0)
     return rate * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+def rule_factor(config: OptimizerConfig, rows: Any) -> Any:
+    """What rates are multiplied with for an update from `rows` rows."""
+    if config.rate_rule == "none":
+        return 1.0
+    return (rows / config.base_batch) ** (0.5 if config.rate_rule == "sqrt" else 1.0)
+
+
+def rates_by_batch(config: OptimizerConfig, batch: Batches) -> list[str]:
+    """What to tell of the rows of the updates and of the peak rates that follow from them."""
+    rates = {n: r for n, r in dataclasses.asdict(config.learning_rates).items() if r > 0}
+    lines = []
+    for first, count in batch.ramp.pieces:
+        rows = batch.rows * count
+        factor = rule_factor(config, rows)
+        peaks = ", ".join(f"{name} {rate * factor:.3g}" for name, rate in rates.items())
+        rule = f" = {factor:.3g} x ({config.rate_rule}, base {config.base_batch})"
+        lines.append(
+            f"from update {first}: {rows} rows ({count} x {batch.rows}), peak rates {peaks}"
+            + rule * (config.rate_rule != "none")
+        )
+    return lines
 
 
 def make_optimizer(
     config: OptimizerConfig, schedules: Mapping[str, Schedule]
-) -> optax.GradientTransformation:
-    """The optimizer over a flat dict of the trainable arrays."""
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer over a flat dict of the trainable arrays.
+
+    Its update takes `step`, the updates so far of the run: after some that were left out or taken
+    back they are more than it has seen.
+    """
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    return optax.chain(*clip, *_after_clip(config, schedules))
+    parts = optax.chain(*clip, *_after_clip(config, schedules))
+    return optax.with_extra_args_support(parts)
 
 
 def _after_clip(
@@ -133,16 +184,27 @@ class ScaleByComponentState(NamedTuple):
 def scale_by_component(
     schedules: Mapping[str, Schedule], factors: options.ByRole
 ) -> optax.GradientTransformation:
-    """Multiply each array's update by minus the current rate of its component and role."""
+    """Multiply each array's update by minus the current rate of its component and role.
+
+    `step` of the update: the run's updates so far, if they are others than those seen here.
+    """
 
     def init(params: optax.Params) -> ScaleByComponentState:
         del params
         return ScaleByComponentState(jnp.zeros((), jnp.int32))
 
-    def update(updates: Arrays, state: ScaleByComponentState, params: optax.Params | None = None):
-        del params
+    def update(
+        updates: Arrays,
+        state: ScaleByComponentState,
+        params: optax.Params | None = None,
+        *,
+        step: jax.Array | None = None,
+        **others: Any,
+    ):
+        del params, others
+        count = state.count if step is None else step
         rate = partial(_rate_of, schedules, factors)
-        scaled = {n: -rate(n, u.ndim, state.count).astype(u.dtype) * u for n, u in updates.items()}
+        scaled = {n: -rate(n, u.ndim, count).astype(u.dtype) * u for n, u in updates.items()}
         return scaled, ScaleByComponentState(state.count + 1)
 
-    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 
 class Ramp(NamedTuple):
     """A step function of the updates so far; pieces as in `train.batch_ramp`."""
@@ -20,6 +23,20 @@ class Ramp(NamedTuple):
         ends = [first for first, _ in self.pieces[1:]] + [update]
         pairs = zip(self.pieces, ends, strict=True)
         return sum(count * max(0, min(end, update) - first) for (first, count), end in pairs)
+
+    def traced_at(self, update: jax.Array) -> jax.Array:
+        """As `at`, of a number that is known when the compiled program runs; i32[]."""
+        count = jnp.int32(self.pieces[0][1])
+        for first, after in self.pieces[1:]:
+            count = jnp.where(update >= first, jnp.int32(after), count)
+        return count
+
+    def traced_before(self, update: jax.Array) -> jax.Array:
+        """As `before`, of a number that is known when the compiled program runs; i32[]."""
+        taken = jnp.int32(self.pieces[0][1]) * update
+        for (_, count), (first, after) in pairwise(self.pieces):
+            taken = taken + (after - count) * jnp.maximum(update - first, 0)
+        return taken
 
     @property
     def most(self) -> int:

@@ -21,7 +21,7 @@ from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.training import accumulate, losses, noise_scale, stages
 from apollo_jax.training.accumulate import Accumulated
-from apollo_jax.training.optimizer import Schedule, make_optimizer, make_schedules
+from apollo_jax.training.optimizer import Batches, Schedule, make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import (
     Arrays,
@@ -90,7 +90,7 @@ class Program(NamedTuple):
     """
 
     abstract: TrainState  # shapes and shardings of its state
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     train_step: TrainStep
     eval_step: EvalStep
     lower: Lower  # the train step, for a batch of shapes
@@ -103,7 +103,8 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     train, rates = experiment.train, experiment.optimizer.learning_rates
     trained = stages.trained_components(rates)
     graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
-    schedules = make_schedules(experiment.optimizer, train.num_steps)
+    batches = Batches(experiment.data.batch_size, train.ramp)
+    schedules = make_schedules(experiment.optimizer, train.num_steps, batches)
     tx = make_optimizer(experiment.optimizer, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
@@ -114,7 +115,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
 def make_program(
     train: TrainConfig,
     graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedules: Mapping[str, Schedule],
     loss_sums: LossSums,
     abstract: TrainState,
@@ -159,7 +160,7 @@ def make_program(
 
 def make_update(
     graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformationExtraArgs,
     schedules: Mapping[str, Schedule],
     loss_sums: LossSums,
     abstract: TrainState,
@@ -206,7 +207,7 @@ def make_update(
         metrics |= grad_norms(grads)
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, opt_state = tx.update(grads, opt_state, params)
+            updates, opt_state = tx.update(grads, opt_state, params, step=count)
         params = optax.apply_updates(params, updates)
         if limits is not None:
             good = jnp.all(jnp.stack([metrics["loss"], metrics["grad_norm"]]) < limits)

@@ -29,6 +29,7 @@ from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.noise_scale import NoiseScale
+from apollo_jax.training.optimizer import Batches, rates_by_batch
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
@@ -86,6 +87,8 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         checks.memory(experiment, program.abstract, mesh.shape)
         shapes = {**program.abstract.params, **program.abstract.frozen}
         console.print(stages.start_up_table(shapes, experiment.optimizer.learning_rates))
+        for line in rates_by_batch(experiment.optimizer, Batches(experiment.data.batch_size, ramp)):
+            console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             step, state, saved = _start(experiment, workdir if begun else None, program)
         if saved is not None:
@@ -135,6 +138,8 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
         stack.push(processes.leave)
         stop = stack.enter_context(StopSignal())
         during = run.goodput.during
+        stack.enter_context(during("compile"))
+        _compile_ahead(run, start)
         stack.enter_context(during("step"))
         first = 0 if train.on_nonfinite == "rewind" and not start else start + 1  # to be saved
         for step in range(start, train.num_steps + 1):
@@ -193,6 +198,20 @@ def _update(
     state, metrics = program.train_step(state, batch, limits, accumulated)
     jax.block_until_ready(sums)
     return state, metrics, together(parts), waited
+
+
+def _compile_ahead(run: Run, start: int) -> None:
+    """All programs of a ramp: what a later one has no memory for is said before the first update.
+
+    A run without a ramp compiles with its first update.
+    """
+    ramp, program = run.experiment.train.ramp, run.program
+    counts = {ramp.at(start)} | {count for first, count in ramp.pieces if first > start}
+    if len(counts) > 1:
+        batch = place(run.loader.empty(), run.mesh)
+        program.lower_add(batch).compile()
+        for accumulated in {count > 1 for count in counts}:
+            program.lower(batch, accumulated).compile()
 
 
 def _judged(

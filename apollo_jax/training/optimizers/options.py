@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What can be set for a single optimizer; what all or most of them share is in OptimizerConfig."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,3 +90,14 @@ class Apollo:
 def apollo_mini() -> Apollo:
     """APOLLO-Mini (Sec 4.3): rank 1, one factor per tensor."""
     return Apollo(rank=1, each="tensor", alpha=128**0.5)
+
+
+def rate_problems(rule: str, base: int) -> Iterator[str]:
+    """What is wrong with the rule by which rates follow the batch, and the batch it starts from."""
+    if rule != "none" and base < 1:
+        yield (
+            f"config.optimizer.rate_rule is {rule}, config.optimizer.base_batch {base}: set it to "
+            "the rows of an update (data.batch_size x microbatches) that the learning rates are for"
+        )
+    if rule == "none" and base:
+        yield f"config.optimizer.base_batch is {base}, but config.optimizer.rate_rule is none"

@@ -59,18 +59,18 @@ def schedule_free(
         nu = jax.tree.map(jnp.zeros_like, params)
         return ScheduleFreeState(jnp.zeros((), jnp.int32), z, nu, zero, jnp.float32(b1))
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        count = state.count + 1
+    def update(updates: Any, state: Any, params: Any = None, *, step: Any = None, **_: Any) -> Any:
+        count, step = state.count + 1, state.count if step is None else step
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, updates)
         y, z = _between(state.b1, params, state.z), {}
         for name, grad in updates.items():
-            step = grad / (jnp.sqrt(nu[name] / (1 - b2**count)) + eps)
-            step = step + decay(name, grad.ndim) * y[name]
-            z[name] = (state.z[name] - rate(name, grad.ndim, state.count) * step).astype(grad.dtype)
-        squared = jnp.square(clock(state.count))
+            change = grad / (jnp.sqrt(nu[name] / (1 - b2**count)) + eps)
+            change = change + decay(name, grad.ndim) * y[name]
+            z[name] = (state.z[name] - rate(name, grad.ndim, step) * change).astype(grad.dtype)
+        squared = jnp.square(clock(step))
         weight = state.weight + squared
         share = squared / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         change = jax.tree.map(lambda x, z: (share * (z - x)).astype(x.dtype), params, z)
         return change, ScheduleFreeState(count, z, nu, weight, state.b1)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -4,13 +4,18 @@
 import contextlib
 import json
 import shutil
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from apollo_jax.config import load
+from apollo_jax.training import accumulate, step
 from apollo_jax.training.rows import place
+from apollo_jax.training.step import batch_sums
 from apollo_jax.training.train import train
 from data_pipeline.loader import Loader
 
@@ -94,6 +99,54 @@ def test_one_microbatch_has_no_noise_scale(texts):
         ValueError, match=r"noise_scale compares .* set config\.train\.accumulate to 2"
     ):
         load(f"{SMALL}:{texts}", {"train.noise_scale": "true"})
+
+
+def arrays(workdir: Path, step: int) -> list[np.ndarray]:
+    """All of a checkpoint: weights, moments, counts."""
+    folder = workdir / "checkpoints" / f"{step:08d}"
+    with warnings.catch_warnings():  # that the devices may be others now
+        warnings.simplefilter("ignore")
+        restored = [ocp.PyTreeCheckpointer().restore(folder / p) for p in ("weights", "optimizer")]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def test_a_ramp_is_its_runs_one_after_the_other(trained, monkeypatch, tmp_path, capsys):
+    """Two updates from one microbatch, then two from two, bit for bit; nothing compiles twice."""
+    names = ("loss", "accuracy", "grad_norm", "target_tokens", "learning_rate/llm")
+    rule = {"optimizer.rate_rule": "sqrt", "optimizer.base_batch": "8"}
+    ones = trained(rule)
+    parts = before(ones, 2, tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"2 microbatches for its first 2 updates.* says 4; it"):
+        trained(rule | {"train.accumulate": "2"}, parts)
+    ramp = rule | {"train.batch_ramp": "0:1,2:2"}
+    trained(ramp, parts)
+    traced, jitted = [], []
+
+    def counted(*args, **kwargs):
+        traced.append(1)
+        return batch_sums(*args, **kwargs)
+
+    def kept(make):
+        return lambda *args: jitted.append(make(*args)) or jitted[-1]
+
+    monkeypatch.setattr(step, "batch_sums", counted)
+    monkeypatch.setattr(step, "make_update", kept(step.make_update))
+    monkeypatch.setattr(accumulate, "make_add", kept(accumulate.make_add))
+    capsys.readouterr()
+    whole = trained(ramp)
+    said = capsys.readouterr().out
+    assert "from update 0: 8 rows (1 x 8), peak rates llm 0.001 " in said
+    assert "from update 2: 16 rows (2 x 8), peak rates llm 0.00141 = 1.41 x (sqrt, base 8)" in said
+    assert [one._cache_size() for one in jitted] == [2, 1]  # of updates and of what comes before
+    assert len(traced) == 3
+    assert lines(whole, *names) == lines(parts, *names)
+    assert lines(whole, *names)[:2] == lines(ones, *names)[:2]
+    assert lines(whole, *names)[2:] != lines(ones, *names)[2:]
+    found, expected = arrays(whole, 4), arrays(parts, 4)
+    assert len(found) > 20
+    assert all(map(np.array_equal, found, expected))
+    (seen,) = lines(whole, "data/all/seen")[-1:]
+    assert seen[1] > lines(ones, "data/all/seen")[-1][1]
 
 
 def test_all_records_of_a_bad_update_are_told(texts, twos, trained, monkeypatch, tmp_path):
