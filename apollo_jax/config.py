@@ -90,6 +90,7 @@ class TrainConfig:
     frozen_dtype: DType = "bfloat16"  # of what does not train
     remat: Remat = "none"  # what the backward pass keeps of each layer, see models/layers.py: fold
     lora: LoraConfig = field(default_factory=LoraConfig)  # low-rank updates, see docs/stages.md
+    ema_decay: float = 0.0  # per update, of an average of what trains; 0 = none
     offload_optimizer: bool = False  # its moments in the host's memory, brought in for each update
     loss_chunk: int = 0  # positions per device whose logits exist at a time; 0 = all
     # What the logits are cut along: "positions" computes least, "vocabulary" sends least of many
@@ -182,6 +183,10 @@ def _problems(e: Experiment) -> Iterator[str]:
                 f"config.train.lora.{name}.rank is {updates.rank} but nothing of it trains: "
                 f"config.optimizer.learning_rates.{name} is 0"
             )
+    if not 0 <= e.train.ema_decay < 1:
+        yield f"config.train.ema_decay is {e.train.ema_decay}, must be at least 0 and below 1"
+    if e.train.ema_decay and e.optimizer.name == "schedule_free":
+        yield "config.optimizer.name schedule_free averages by itself: config.train.ema_decay is 0"
     if e.optimizer.name == "schedule_free" and e.optimizer.schedule != "constant":
         yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
     if e.train.loss_chunk < 0:

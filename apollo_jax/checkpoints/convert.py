@@ -189,7 +189,9 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         "(a path or 'fresh') or llm",
     )
     parser.add_argument("--only", default="", metavar="NAME", help="write this part alone")
-    parser.add_argument("--key", default="", help="part of the file, like target_encoder or img")
+    parser.add_argument(
+        "--key", default="", help="part of the file, like target_encoder or img; ema of a run"
+    )
     parser.add_argument(
         "--config",
         type=fields,

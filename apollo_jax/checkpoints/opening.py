@@ -30,7 +30,7 @@ from apollo_jax.checkpoints.foreign import (
 from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.sources import Source
-from apollo_jax.checkpoints.translate import Arrays, Renamed
+from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.config import Experiment, from_dict
 from apollo_jax.models import apollo, two_towers
@@ -47,7 +47,8 @@ def open_checkpoint(
     """What lies at `path`: a published folder, or a file of another layout.
 
     Args:
-      key: which part of the file, like "target_encoder" of a .pth.tar or "img" of an .npz.
+      key: which part of the file, like "target_encoder" of a .pth.tar or "img" of an .npz; "ema"
+        of a run.
       said: published config fields of a file that has no config.json.
       compare: read a published folder's stored copies, like a tied head, to see that they are
         copies; of many processes one is enough.
@@ -56,11 +57,12 @@ def open_checkpoint(
     """
     folder = Path(path)
     if weights_folder.is_weights(folder) or run.is_run(folder):
-        check_no_key(folder, key)
         if said:
             raise ValueError(f"{folder} has a {companions.CONFIG}: --config is for what has none")
-        is_run = run.is_run(folder)
-        return open_run(folder) if is_run else weights_folder.open_weights(folder)
+        if run.is_run(folder):
+            return open_run(folder, key)
+        check_no_key(folder, key)
+        return weights_folder.open_weights(folder)
     if not folder.is_dir() or not (folder / companions.CONFIG).is_file():
         return _alone(foreign_part(folder, key, said or {}))
     if said:
@@ -151,10 +153,13 @@ def open_flat(folder: Path, config: apollo.Config, key: str) -> Checkpoint:
 # ---- training runs
 
 
-def open_run(workdir: Path) -> Checkpoint:
-    """The latest weights of a run, with what the published folders it began from held besides."""
+def open_run(workdir: Path, key: str = "") -> Checkpoint:
+    """The latest weights of a run, or its averages (see `run_weights`).
+
+    With them comes what the published folders held besides from which it began.
+    """
     experiment = run.read_experiment(workdir)
-    config, weights = experiment.model, run_weights(workdir, experiment)
+    config, weights = experiment.model, run_weights(workdir, experiment, key)
     began, files = _origins(experiment)
     tokenizer = Tokenizer.from_path(workdir / run.TOKENIZER)
     parts = {}
@@ -170,11 +175,30 @@ def open_run(workdir: Path) -> Checkpoint:
     return Checkpoint(config, parts, files)
 
 
-def run_weights(workdir: Path, experiment: Experiment) -> Source:
-    """The latest weights of a run by name, its low-rank updates merged into them."""
-    weights = OrbaxArrays(run.latest_weights(workdir))
+def run_weights(workdir: Path, experiment: Experiment, key: str = "") -> Source:
+    """The latest weights of a run by name, its low-rank updates merged into them.
+
+    With the key "ema" they are the averages of what trained, and the rest as it is.
+    """
+    path = run.latest_weights(workdir)
+    weights: Source = OrbaxArrays(path)
+    if key:
+        weights = Joined(
+            weights, _averages(path.with_name(run.OPTIMIZER), experiment, weights, key)
+        )
     chosen = experiment.train.lora.chosen()
     return adapters.Adapted(weights, chosen) if chosen else weights
+
+
+def _averages(path: Path, experiment: Experiment, like: Source, key: str) -> Source:
+    if key != run.EMA:
+        raise ValueError(f"--key {key}: of a run there is only {run.EMA}, or no key")
+    if not experiment.train.ema_decay:
+        raise ValueError(f"--key {key}: {experiment.name} was trained with train.ema_decay=0")
+    mark = f".{run.EMA}."
+    found = OrbaxArrays(path, lambda key: mark in key)
+    names = {key.partition(mark)[2]: key for key in found.stored}
+    return Renamed(found, names, {name: like.stored[name] for name in names})
 
 
 def open_tower(workdir: Path, wanted: layout.PartConfig) -> Checkpoint:

@@ -8,6 +8,7 @@ from pathlib import Path
 from apollo_jax.config import Experiment, from_dict
 
 CONFIG, TOKENIZER, CHECKPOINTS, WEIGHTS = "config.json", "tokenizer", "checkpoints", "weights"
+OPTIMIZER, EMA = "optimizer", "ema"  # the moments beside the weights; among them the averages
 
 
 def is_run(path: str | os.PathLike) -> bool:

@@ -11,7 +11,7 @@ Orbax reads it like any checkpoint.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,11 @@ CHECKED = dict(id="zlib", level=0)  # bytes as they are, with a checksum for eac
 
 
 class OrbaxArrays:
-    """The arrays of one Orbax item, a flat tree."""
+    """The arrays of one Orbax item by their keys joined with dots; those that `among` takes."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, among: Callable[[str], bool] = lambda _: True):
         self.path = path
-        self._arrays = {key: self._open(key) for key in _names(path / METADATA)}
+        self._arrays = {key: self._open(key) for key in _names(path / METADATA) if among(key)}
         self.stored = {
             key: Stored(path.name, tuple(a.shape), a.dtype.name) for key, a in self._arrays.items()
         }

@@ -99,8 +99,8 @@ def _problems(c: Contrastive) -> Iterator[str]:
         count = c.model.frames_per_clip
         yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
     yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
-    if c.train.lora.chosen():
-        yield "config.train.lora is of apollo-jax train: towers are pretrained as a whole"
+    if c.train.lora.chosen() or c.train.ema_decay:
+        yield "config.train.lora and config.train.ema_decay are of apollo-jax train alone"
     yield from options.rate_problems(c.optimizer.rate_rule, c.optimizer.base_batch)
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"

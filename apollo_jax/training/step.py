@@ -21,6 +21,7 @@ from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.training import accumulate, losses, noise_scale, stages
 from apollo_jax.training.accumulate import Accumulated
+from apollo_jax.training.average import with_average
 from apollo_jax.training.optimizer import Batches, Schedule, make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import (
@@ -105,7 +106,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
     batches = Batches(experiment.data.batch_size, train.ramp)
     schedules = make_schedules(experiment.optimizer, train.num_steps, batches)
-    tx = make_optimizer(experiment.optimizer, schedules)
+    tx = with_average(make_optimizer(experiment.optimizer, schedules), train.ema_decay)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
     options = sharding.compiler_options(mesh)

@@ -24,6 +24,7 @@ from apollo_jax.checkpoints import manager
 from apollo_jax.config import Experiment, load, parse_overrides
 from apollo_jax.training import agreement, checks, losses, processes, stages
 from apollo_jax.training.agreement import Feed
+from apollo_jax.training.average import averaged
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
@@ -252,24 +253,31 @@ def _start(
 
 
 def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
-    """Loss and accuracy over the first batches of the held-out sources."""
+    """Loss and accuracy over the first batches of the held-out sources; of the averages as well."""
     evaluation = run.experiment.evaluation
     data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
-    total = None
+    states = {"eval": state}
+    if run.experiment.train.ema_decay:
+        states["eval/ema"] = averaged(state)
+    totals: dict[str, losses.Sums] = {}
     with contextlib.closing(open_loader(data, evaluation.batches, run.mesh)) as loader:
         feed, counts, latest = Feed(loader, share(run.mesh)), np.zeros(2, np.int32), ""
         for _ in range(evaluation.batches):
             rows, stats = next(feed)
             counts += (len(stats.bad), stats.samples + len(stats.bad))
             latest = ": ".join(stats.bad[-1]) if stats.bad else latest
-            sums = run.program.eval_step(state, place(rows, run.mesh))
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
+            batch = place(rows, run.mesh)
+            for name, one in states.items():
+                sums = run.program.eval_step(one, batch)
+                totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
         agreement.stop_if_any(feed.error)
         bad, seen = np.asarray(agreement.total(counts)).tolist()
         agreement.stop_if_too_many(bad, seen, data.max_bad_share, latest)
-    assert total is not None
-    loss, accuracy = losses.mean(total)
-    return {"eval/loss": float(loss), "eval/accuracy": float(accuracy)}
+    found = {}
+    for name, total in totals.items():
+        loss, accuracy = losses.mean(total)
+        found |= {f"{name}/loss": float(loss), f"{name}/accuracy": float(accuracy)}
+    return found
 
 
 class StopSignal:

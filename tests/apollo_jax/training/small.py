@@ -5,7 +5,14 @@ from dataclasses import replace
 
 from ml_collections import ConfigDict
 
-from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, TrainConfig, to_config
+from apollo_jax.config import (
+    EvalConfig,
+    Experiment,
+    LearningRates,
+    OptimizerConfig,
+    TrainConfig,
+    to_config,
+)
 from apollo_jax.models import apollo
 from data_pipeline.loader import DataConfig, SourceConfig
 
@@ -40,4 +47,5 @@ def get_config(arg: str = "") -> ConfigDict:
         keep=4,
     )
     optimizer = OptimizerConfig(LearningRates(llm=1e-3), warmup_ratio=0.25)
-    return to_config(Experiment("small", model, data, train, optimizer))
+    evaluation = EvalConfig({"held_out": SourceConfig(f"{arg}/eval.jsonl")}, batches=1)
+    return to_config(Experiment("small", model, data, train, optimizer, evaluation))
