@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_dict
 from apollo_jax.models import apollo
 from apollo_jax.models.lora import LoraConfig
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import ramp
+from apollo_jax.training import profiling, ramp
 from apollo_jax.training.optimizers import options
 from data_pipeline.loader import DataConfig, SourceConfig
 
@@ -107,6 +107,8 @@ class TrainConfig:
     max_bad_steps: int = 10  # in a row, with skip and rewind
     join_seconds: int = 300  # that a process waits for the others at the start
     heartbeat_seconds: int = 60  # of silence after which a process counts as dead
+    profile: str = ""  # steps to trace for XProf, START:COUNT; see docs/seeing.md
+    wandb: str = ""  # project of Weights & Biases that gets the scalars too
 
     @property
     def ramp(self) -> ramp.Ramp:
@@ -201,6 +203,13 @@ def _problems(e: Experiment) -> Iterator[str]:
             yield f"config.train.{name} is {getattr(e.train, name)}, must be at least 1"
     if e.train.spike_factor and e.train.spike_factor <= 1:
         yield f"config.train.spike_factor is {e.train.spike_factor}, must be 0 or above 1"
+    try:
+        first, _ = profiling.parse(e.train.profile)
+        if first > e.train.num_steps:
+            last = e.train.num_steps
+            yield f"config.train.profile begins at step {first}, the run ends at {last}"
+    except ValueError as error:
+        yield f"config.train.profile: {error}"
     if e.evaluation.every and not e.evaluation.sources:
         yield "config.evaluation.every is set but config.evaluation.sources is empty"
 

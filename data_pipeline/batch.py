@@ -11,6 +11,8 @@ import numpy as np
 
 from data_pipeline.canvas import frame_shape
 
+MODALITIES = ("text", "image", "video")  # of a sample: the last of these that is in it
+
 
 class Batch(NamedTuple):
     """One training batch of static shape; absent modalities are masked, never missing."""
@@ -26,6 +28,8 @@ class Batch(NamedTuple):
     frame_geometry: np.ndarray  # i32[B, C, 4]: top, left, height, width of the picture
     clip_mask: np.ndarray  # bool[B, C]
     clip_segment_ids: np.ndarray  # i32[B, C], the segment a clip belongs to, 0 = none
+    # i32[B, L], of the sample: number of its source * 3 + that of its modality; 0 on padding
+    groups: np.ndarray
 
 
 def empty_batch(
@@ -49,4 +53,5 @@ def empty_batch(
         frame_geometry=np.zeros((rows, clips, 4), np.int32),
         clip_mask=np.zeros((rows, clips), np.bool_),
         clip_segment_ids=np.zeros((rows, clips), np.int32),
+        groups=np.zeros(row, np.int32),
     )

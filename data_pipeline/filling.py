@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from data_pipeline.annotations import Record
-from data_pipeline.batch import Batch
+from data_pipeline.batch import MODALITIES, Batch
 from data_pipeline.packing import Draw, place
 from data_pipeline.samples import Sample, SampleMaker, Unusable
 from data_pipeline.sources import Source
@@ -74,7 +74,9 @@ class RowFiller:
             segment += 1
             visual = clip * self.maker.tokens_per_clip
             place(batch, row, sample.text, segment=segment, token=token, visual=visual)
-            token += len(sample.text.tokens)
+            end = token + len(sample.text.tokens)
+            batch.groups[row, token:end] = group_of(draw[0], record)
+            token = end
             clip += sample.clips
         batch.frames[row, clip:] = 0  # the memory was another batch's
         return filled
@@ -85,6 +87,12 @@ class RowFiller:
         if size != planned:  # it might not fit into its row any more
             raise ValueError(f"(tokens, clips) are {size}, were {planned} when it was measured")
         return sample
+
+
+def group_of(source: int, record: Record) -> int:
+    """The group of a record's sample, by the number of its source and what is shown in it."""
+    kinds = [MODALITIES.index(medium.kind) for medium in record.media]
+    return source * len(MODALITIES) + max(kinds, default=0)
 
 
 def decode(batch: Batch, row: int, clip: int, segment: int, sample: Sample) -> None:

@@ -172,7 +172,7 @@ def model_flops(experiment: Experiment) -> float:
     """
     train = replace(experiment.train, remat="none", loss_chunk=0, loss_cut="positions")
     trained = stages.trained_components(experiment.optimizer.learning_rates)
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices("cpu")[:1])
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices(backend="cpu")[:1])
     graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
     plain = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
     params, frozen = split(plain, trained)
@@ -187,7 +187,8 @@ def model_flops(experiment: Experiment) -> float:
     llm, length = experiment.model.llm, experiment.data.length
     products = 4.0 * length**2 * llm.hidden_size * llm.num_hidden_layers
     passes = 3  # the gradient passes through the decoder in every stage
-    row = flops.count(jax.grad(loss), params, frozen, batch) - passes * products / 2
+    with jax.set_mesh(mesh):  # a CPU's, so that attention is no kernel wherever this runs
+        row = flops.count(jax.grad(loss), params, frozen, batch) - passes * products / 2
     return row * experiment.data.batch_size
 
 

@@ -51,6 +51,14 @@ CHIPS = {
         Chip("tpu7x", 189.5 * _GIB, 2307e12, 7380e9, 600e9, 12.5e9, 3, 4, 224, devices=2),
     )
 }
+# What jax calls the devices of these chips, and the GPUs whose peak (bf16, dense) is known here.
+_TPU_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+_GPU_PEAKS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 # Slices by the names under which they are rented: v5p counts cores, two to a chip.
 SLICES = {
     "v5e-16": "v5e:4x4",
@@ -130,6 +138,14 @@ def parse(name: str) -> Topology:
         example = next(s for s in SLICES.values() if s.startswith(kind))
         raise ValueError(f"{kind} slices have {chip.dimensions} sides, as in {example}: {name!r}")
     return Topology(name, chip, shape, slices)
+
+
+def peak_flops(device_kind: str) -> float:
+    """FLOPs per second of one device at its published rate in bf16; 0 = not known here."""
+    if device_kind in _TPU_KINDS:
+        chip = CHIPS[_TPU_KINDS[device_kind]]
+        return chip.flops / chip.devices
+    return _GPU_PEAKS.get(device_kind, 0.0)
 
 
 def use_compiler_only() -> None:

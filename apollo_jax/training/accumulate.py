@@ -27,22 +27,23 @@ class Accumulated(NamedTuple):
     spread: Spread | None = None  # of their gradients, if it is asked for
 
 
-def shapes_of(abstract: TrainState, spread: bool = False) -> Accumulated:
-    """Shapes and shardings of what is accumulated."""
+def shapes_of(abstract: TrainState, spread: bool = False, groups: int = 0) -> Accumulated:
+    """Shapes and shardings of what is accumulated; `groups` are those of its loss sums."""
 
-    def shape(like: jax.ShapeDtypeStruct) -> Any:
-        return jax.ShapeDtypeStruct(like.shape, jnp.float32, sharding=like.sharding)
+    def shape(like: Any, *sizes: int) -> Any:
+        return jax.ShapeDtypeStruct(sizes or like.shape, jnp.float32, sharding=like.sharding)
 
     grads = {name: shape(param) for name, param in abstract.params.items()}
     scalar = shape(abstract.step)
-    sums = losses.Sums(*[scalar] * len(losses.Sums._fields))
+    by_group = shape(abstract.step, groups, 2) if groups else None
+    sums = losses.Sums(scalar, scalar, scalar, by_group)
     spreads = jax.tree.map(lambda _: scalar, no_spread(abstract.params)) if spread else None
     return Accumulated(grads, sums, spreads)
 
 
-def make_zeros(abstract: TrainState, spread: bool = False) -> Any:
+def make_zeros(abstract: TrainState, spread: bool = False, groups: int = 0) -> Any:
     """Jitted () -> what is accumulated before the first microbatch."""
-    shapes = shapes_of(abstract, spread)
+    shapes = shapes_of(abstract, spread, groups)
     places = jax.tree.map(lambda s: s.sharding, shapes)
 
     @partial(jax.jit, out_shardings=places)
@@ -58,12 +59,13 @@ def make_add(
     abstract: TrainState,
     options: Mapping[str, str] | None = None,
     spread: bool = False,
+    groups: int = 0,
 ) -> Any:
     """Jitted (gradients, other sums, params, opt_state, frozen, batch) -> what is accumulated then.
 
     The old gradients are overwritten; the old sums are not, so that they can be waited for.
     """
-    places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract, spread))
+    places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract, spread, groups))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=dict(options or {}))
     def add(

@@ -40,6 +40,7 @@ from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import contrastive_loss, losses, ramp
 from apollo_jax.training import train as training
+from apollo_jax.training.boards import find_wandb
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
@@ -132,6 +133,7 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> Contrastive:
 def train(experiment: Contrastive, workdir: Path) -> bool:
     """Train to the end or to a stop signal; True if all steps are done. Errors as `train.train`."""
     goodput = Goodput()
+    find_wandb(experiment.train.wandb)  # or say so now
     tokenizer = Tokenizer.from_path(experiment.data.tokenizer)
     begun = _continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)

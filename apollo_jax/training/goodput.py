@@ -35,6 +35,11 @@ class Goodput:
         finally:
             self.turn(before)
 
+    def held_up(self) -> float:
+        """Seconds so far in which the loop neither stepped nor waited for data."""
+        self.turn(self._kind)
+        return sum(self.seconds[kind] for kind in ("compile", "checkpoint", "evaluation"))
+
     def shares(self) -> dict[str, float]:
         """`goodput/KIND`: its share of the time so far; together 1."""
         self.turn(self._kind)

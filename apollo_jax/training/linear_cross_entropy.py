@@ -59,10 +59,13 @@ def by_positions(
     axes: Axes,
     chunk: int,
     gradients: tuple[bool, bool],
-) -> tuple[Array, Array, Float[Array, "B L D"] | None, Float[Array, "V D"] | None]:
-    """(loss, correct, gradient of hidden, of table in float32), `chunk` positions at a time.
+) -> tuple[
+    Array, Array, Float[Array, "B L"], Float[Array, "B L D"] | None, Float[Array, "V D"] | None
+]:
+    """(loss, correct, loss of each position, gradient of hidden, of table in float32).
 
-    `gradients` says which of (hidden, table) are wanted; the others are None. Chunk 0 is all.
+    `chunk` positions at a time (0 = all). `gradients` says which of (hidden, table) are wanted; the
+    others are None. Losses of positions are not weighted.
     """
     group = shared_table.group(table, axes.embed, gradients[1])
     columns, ids = group.rows(table, hidden.dtype), group.ids(table, axes.vocab)
@@ -72,13 +75,14 @@ def by_positions(
         z = _masked(_dot(h, columns, (1, 0)), ids)
         seen = _together(_see(_nothing_seen(t.shape[0]), z, ids, t), axes, group)
         loss, correct, lse = _sums(seen, t, group.own(w))
+        each = group.part(lse - seen.target)
         if not any(gradients):
-            return d_table, (loss, correct, None)
+            return d_table, (loss, correct, each, None)
         s = (_slopes(z, lse, ids, t) * w[:, None]).astype(h.dtype)
         d_hidden = group.sum_positions(lax.psum(_dot(s, columns, (1, 1)), axes.vocab))
         if d_table is not None:
             d_table = d_table + _dot(h, s, (0, 0))
-        return d_table, (loss, correct, d_hidden.astype(h.dtype))
+        return d_table, (loss, correct, each, d_hidden.astype(h.dtype))
 
     count = targets.size
     chunk = min(chunk or count, count)
@@ -90,13 +94,14 @@ def by_positions(
 
     d_table = jnp.zeros(columns.shape, jnp.float32) if gradients[1] else None
     arrays = (pieces(hidden), pieces(targets), pieces(weights))
-    d_table, (loss, correct, d_hidden) = lax.scan(body, d_table, arrays)
+    d_table, (loss, correct, each, d_hidden) = lax.scan(body, d_table, arrays)
     loss, correct = lax.psum((jnp.sum(loss), jnp.sum(correct)), axes.tokens)
     if d_hidden is not None:
         d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[:count].reshape(hidden.shape)
     if d_table is not None:
         d_table = _scatter(group, d_table, table.shape[0], axes)
-    return loss, correct, d_hidden, d_table
+    each = each.reshape(-1)[:count].reshape(targets.shape)
+    return loss, correct, each, d_hidden, d_table
 
 
 # ---- along the vocabulary
@@ -110,8 +115,11 @@ def by_vocabulary(
     *,
     axes: Axes,
     chunk: int,
-) -> tuple[Array, Array, Float[Array, "B L"]]:
-    """(loss, correct, lse); as many logits at a time as `chunk` positions have (0 = all)."""
+) -> tuple[Array, Array, Float[Array, "B L"], Float[Array, "B L"]]:
+    """(loss, correct, loss of each position unweighted, lse).
+
+    As many logits at a time as `chunk` positions have (0 = all).
+    """
 
     h, t, w = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
     size, blocks = _blocks(h, table, chunk)
@@ -121,9 +129,10 @@ def by_vocabulary(
         return _see(seen, _masked(_dot(h, columns, (1, 0)), ids), ids, t), None
 
     seen, _ = lax.scan(body, _nothing_seen(t.shape[0]), blocks)
-    loss, correct, lse = _sums(_together(seen, axes), t, w)
+    seen = _together(seen, axes)
+    loss, correct, lse = _sums(seen, t, w)
     loss, correct = lax.psum((loss, correct), axes.tokens)
-    return loss, correct, lse.reshape(targets.shape)
+    return loss, correct, (lse - seen.target).reshape(targets.shape), lse.reshape(targets.shape)
 
 
 def gradients_by_vocabulary(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -18,6 +19,7 @@ from apollo_jax import sharding
 from apollo_jax.training import linear_cross_entropy as linear
 
 Cut = Literal["positions", "vocabulary"]
+BY_GROUP = "by_group"  # of the metrics of a step, as in `Sums`
 
 
 class Sums(NamedTuple):
@@ -26,6 +28,8 @@ class Sums(NamedTuple):
     loss: Float[Array, ""]  # nats
     correct: Float[Array, ""]  # weight of the positions whose likeliest token is the target
     weight: Float[Array, ""]
+    # Loss and weight of each group of positions, where they are told apart.
+    by_group: Float[Array, "G 2"] | None = None
 
 
 def mean(sums: Sums) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -43,6 +47,8 @@ def cross_entropy(
     chunk: int = 0,
     cut: Cut = "positions",
     skip_below: float = 0.0,
+    groups: Int[Array, "B L"] | None = None,
+    num_groups: int = 0,
 ) -> Sums:
     """Sums of weights * -log p(target), with p = softmax(hidden . table) in float32.
 
@@ -50,15 +56,21 @@ def cross_entropy(
     what, see linear_cross_entropy.py.
     Products are taken in the dtype of `hidden`; their sums and the table's gradient are float32.
     `skip_below` > 0 leaves out of the gradients the blocks of the vocabulary in which no
-    probability (less one at the target) reaches it; that needs cut="vocabulary". Gradients flow to
-    `hidden` and `table` alone.
+    probability (less one at the target) reaches it; that needs cut="vocabulary". Given each
+    position's group, a number below `num_groups`, loss and weight are summed by group too.
+    Gradients flow to `hidden` and `table` alone, and from `loss` alone.
     """
     if skip_below and cut != "vocabulary":
         raise ValueError(f"skip_below={skip_below} skips blocks: it needs cut='vocabulary'")
     weights = weights.astype(jnp.float32)
     method = _Method(cut, chunk, skip_below)
     found: Any = _sums(hidden, table, targets, weights, method)
-    return Sums(found[0], found[1], jnp.sum(weights))
+    by_group = None
+    if groups is not None and num_groups:
+        mine = groups == jnp.arange(num_groups)[:, None, None]  # [G, B, L], not in memory
+        both = (lax.stop_gradient(found[2]) * weights, weights)
+        by_group = jnp.stack([jnp.sum(jnp.where(mine, x, 0.0), axis=(1, 2)) for x in both], axis=1)
+    return Sums(found[0], found[1], jnp.sum(weights), by_group)
 
 
 class _Method(NamedTuple):
@@ -69,11 +81,11 @@ class _Method(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _sums(hidden: Array, table: Array, targets: Array, weights: Array, method: _Method) -> Any:
-    """(loss, correct), without gradients."""
+    """(loss, correct, loss of each position unweighted), without gradients."""
     arrays = (hidden, table, targets, weights)
     if method.cut == "vocabulary":
-        return _by_vocabulary(arrays, method)[:2]
-    return _by_positions(arrays, method, (False, False))[:2]
+        return _by_vocabulary(arrays, method)[:3]
+    return _by_positions(arrays, method, (False, False))[:3]
 
 
 def _forward(hidden: Any, table: Any, targets: Any, weights: Any, method: _Method) -> Any:
@@ -111,13 +123,13 @@ _sums.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _by_positions(arrays: tuple[Array, ...], method: _Method, gradients: tuple[bool, bool]) -> Any:
-    results = ("sum", "sum", "hidden", "table")
+    results = ("sum", "sum", "position", "hidden", "table")
     settings = dict(chunk=method.chunk, gradients=gradients)
     return _on_devices(linear.by_positions, arrays, results, **settings)
 
 
 def _by_vocabulary(arrays: tuple[Array, ...], method: _Method) -> Any:
-    results = ("sum", "sum", "position")
+    results = ("sum", "sum", "position", "position")
     return _on_devices(linear.by_vocabulary, arrays, results, chunk=method.chunk)
 
 

@@ -1,31 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run reports: metrics.jsonl, TensorBoard and a progress line.
+"""What a run reports, step by step; docs/seeing.md has the names.
 
 A step's metrics are read when the next step has been dispatched, so that reading never holds up
 the device, and before a checkpoint is saved, so that no saved step lacks its line.
 """
 
-import datetime
-import json
-import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
-from tensorboardX import SummaryWriter
 
 from apollo_jax.training import agreement
+from apollo_jax.training.boards import Boards, forget_after
 from apollo_jax.training.goodput import Goodput
-from apollo_jax.training.guard import BAD_STEPS, Guard, Measured, finite
+from apollo_jax.training.guard import BAD_STEPS, Guard, Measured
+from apollo_jax.training.losses import BY_GROUP
 from apollo_jax.training.noise_scale import NoiseScale
+from apollo_jax.training.progress import ProgressLine
+from apollo_jax.training.throughput import Throughput, memory
+from data_pipeline.batch import MODALITIES
 from data_pipeline.loader import Counts, LoadStats
 
-METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
-PRINT_SECONDS = 2.0  # between progress lines
+_EVERY_STEP = ("loss", "grad_norm")  # are read at every step, the others where they are written
 BAD_NAMED = 20  # bad records named on the console, then only counted
 
 
@@ -49,6 +47,8 @@ class MetricLog:
         guard: Guard | None = None,
         goodput: Goodput | None = None,
         noise: NoiseScale | None = None,
+        boards: Boards | None = None,
+        throughput: Throughput | None = None,
     ):
         self.start, self.num_steps, self.every = start, num_steps, every
         self.max_bad_share, self.guard = max_bad_share, guard
@@ -60,22 +60,15 @@ class MetricLog:
         self.summed: jax.Array | np.ndarray | None = None  # new ones of all, not added yet
         self.error = ""  # that ended this process's data
         self.console = Console()
-        self.primary = jax.process_index() == 0
-        if self.primary:
-            for name in (METRICS, BAD_STEPS):
-                forget_after(workdir / name, start)
-            self.file = open(workdir / METRICS, "a")  # noqa: SIM115  closed by close()
-            self.board = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
+        primary = jax.process_index() == 0
+        if primary:
+            forget_after(workdir / BAD_STEPS, start)
+        self.boards = boards or Boards(workdir, start=start, primary=primary)
+        self.throughput = throughput or Throughput(self.goodput, start)
+        self.progress = ProgressLine(self.console, start, num_steps) if primary else None
+        self.groups = np.zeros((len(sources) * len(MODALITIES), 2))  # since the last line
         self.pending: tuple[int, Mapping[str, jax.Array]] | None = None
         self.named, self.latest = 0, ""
-        self.printed = 0.0
-        self._restart_clock(start)
-
-    def _restart_clock(self, step: int) -> None:
-        self.since, self.since_step = time.perf_counter(), step
-        self.tokens = self.frames = 0
-        self.waited = 0.0
-        self.fill: list[tuple[float, float]] = []
 
     def push(
         self,
@@ -94,9 +87,7 @@ class MetricLog:
         """
         self.flush()
         self.pending, self.error = (step, metrics), error
-        self.tokens, self.frames = self.tokens + stats.tokens, self.frames + stats.frames
-        self.waited += waited
-        self.fill.append((stats.fill_tokens, stats.fill_clips))
+        self.throughput.add(stats, waited)
         for row, name in enumerate(self.counts):
             self.new[row] += stats.sources.get(name, Counts())
         self._name_bad(step, stats)
@@ -140,50 +131,37 @@ class MetricLog:
             return
         (step, metrics), self.pending = self.pending, None
         metrics = self.noise.see(metrics)
-        loss, norm = map(float, jax.device_get((metrics["loss"], metrics["grad_norm"])))
+        seen = {name: metrics[name] for name in (*_EVERY_STEP, BY_GROUP) if name in metrics}
+        seen = jax.device_get(seen)
+        bad = False
         if self.guard is not None and step > self.judged:
-            self.guard.see(Measured(step, loss, norm))
+            bad = self.guard.see(Measured(step, *(float(seen[name]) for name in _EVERY_STEP)))
+        if BY_GROUP in seen and not bad:
+            self.groups += seen[BY_GROUP][: len(self.groups)]
         if self._is_logged(step):
             self._judge()
-            values = {name: float(v) for name, v in jax.device_get(dict(metrics)).items()}
-            values |= self._rates(step)
-            self.write(step, values)
-            self._progress(step, values)
-            self._restart_clock(step)
-        elif step == self.start + 1:
-            self._restart_clock(step)  # the first step's time is the compiler's
+            rest = {name: value for name, value in metrics.items() if name != BY_GROUP}
+            values = {name: float(value) for name, value in jax.device_get(rest).items()}
+            values |= by_group(self.groups, list(self.counts))
+            values |= self.throughput.values(step) | memory(jax.local_devices()) | self._data()
+            self.boards.write(step, values)
+            if self.progress is not None:
+                self.progress.update(step, values)
+            self.throughput.restart(step)
+            self.groups[:] = 0
+        if step == self.start + 1:  # its time is the compiler's
+            self.throughput.restart(step)
+            if self.progress is not None:
+                self.progress.compiled(step)
 
-    def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
-        if self.primary:
-            known = {name: finite(value) for name, value in values.items()}
-            self.file.write(json.dumps({"step": step, **known}) + "\n")
-            self.file.flush()
-            for name, value in known.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
-
-    def _rates(self, step: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self.since
-        processes = jax.process_count()
-        fill_tokens, fill_clips = np.mean(self.fill, axis=0).tolist()
-        data = {
+    def _data(self) -> dict[str, float]:
+        counts = {
             f"data/{name}/{what}": int(count)
             for name, counts in self.counts.items()
             for what, count in zip(Counts._fields, counts, strict=True)
         }
-        return {
-            "tokens_per_second": self.tokens * processes / seconds,
-            "frames_per_second": self.frames * processes / seconds,
-            "data_wait": self.waited / seconds,
-            "seconds_per_step": seconds / (step - self.since_step),
-            "fill_tokens": fill_tokens,
-            "fill_clips": fill_clips,
-            "bad_records": self.bad,
-            **({"bad_steps": self.guard.bad} if self.guard else {}),
-            **self.goodput.shares(),
-            **data,
-        }
+        bad = {"bad_steps": self.guard.bad} if self.guard else {}
+        return {"bad_records": self.bad, **bad, **self.goodput.shares(), **counts}
 
     def summary(self) -> str:
         """What became of the samples, by source, since this run was started or continued."""
@@ -196,25 +174,6 @@ class MetricLog:
         bad = self.guard.bad if self.guard else 0
         return "samples: " + ", ".join(parts) + f"; {bad:,} bad steps" * bool(bad)
 
-    def _progress(self, step: int, values: Mapping[str, float]) -> None:
-        """The progress line: rewritten on a terminal, else a line every few seconds."""
-        last, now = step == self.num_steps, time.perf_counter()
-        if not self.primary or (now - self.printed < PRINT_SECONDS and not last):
-            return
-        self.printed = now
-        left = datetime.timedelta(
-            seconds=round((self.num_steps - step) * values["seconds_per_step"])
-        )
-        line = (
-            f"step {step}/{self.num_steps}  loss {values['loss']:.4f}  "
-            f"accuracy {values['accuracy']:.3f}  grad norm {values['grad_norm']:.3g}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s  "
-            f"{values['frames_per_second']:,.0f} frames/s  "
-            f"data wait {values['data_wait']:.0%}  {left} left"
-        )
-        rewrite = self.console.is_terminal and not last
-        self.console.print(line, end="\r" if rewrite else "\n", soft_wrap=True, highlight=False)
-
     def _name_bad(self, step: int, stats: LoadStats) -> None:
         for record, reason in stats.bad:
             self.named += 1
@@ -225,25 +184,23 @@ class MetricLog:
 
     def close(self) -> None:
         """Close the files; what is pending is not written."""
-        if self.primary:
-            self.file.close()
-            self.board.close()
+        if self.progress is not None:
+            self.progress.close()
+        self.boards.close()
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of `path` beyond `step`: a resumed run writes those steps again."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if (n := _step_of(line)) is not None and n <= step]
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+def by_group(sums: np.ndarray, sources: Sequence[str]) -> dict[str, float]:
+    """Loss per unit of weight and the weight, of each source and modality that has any.
 
-
-def _step_of(line: str) -> int | None:
-    """The step of a whole line, None of one that was cut off while it was written."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else None
-    except ValueError:
-        return None
+    Args:
+      sums: f[G, 2], loss and weight of each group as `Batch.groups` numbers them.
+    """
+    table = np.asarray(sums, np.float64).reshape(len(sources), len(MODALITIES), 2)
+    kinds = {"dataset": (sources, table.sum(1)), "modality": (MODALITIES, table.sum(0))}
+    found = {}
+    for kind, (names, pairs) in kinds.items():
+        for name, (loss, weight) in zip(names, pairs.tolist(), strict=True):
+            if weight:
+                found[f"loss/{kind}/{name}"] = loss / weight
+                found[f"target_tokens/{kind}/{name}"] = weight
+    return found

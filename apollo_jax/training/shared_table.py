@@ -87,6 +87,10 @@ class Group(NamedTuple):
         place = jnp.arange(x.shape[0]) // (x.shape[0] // self.size)
         return x if self.size == 1 else jnp.where(place == self.index(), x, 0)
 
+    def part(self, x: Array) -> Array:
+        """Of the group's positions [G c] this device's [c]."""
+        return x if self.size == 1 else x.reshape(self.size, -1)[self.index()]
+
     def sum_positions(self, x: Array) -> Array:
         """This device's positions of the group's sum."""
         if self.size == 1:

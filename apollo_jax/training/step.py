@@ -33,7 +33,7 @@ from apollo_jax.training.state import (
     merge,
     on_device,
 )
-from data_pipeline.batch import Batch
+from data_pipeline.batch import MODALITIES, Batch
 
 Metrics = dict[str, jax.Array]
 # The old state's memory is reused: drop it.
@@ -43,15 +43,18 @@ Lower = Callable[..., jax.stages.Lowered]
 Add = Callable[..., Accumulated]  # (state, batch[, what was accumulated])
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
 LossSums = Callable[[Apollo, Batch], losses.Sums]
-BY_POSITION = ("tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index")
+BY_POSITION = (
+    "tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index", "groups",
+)  # fmt: skip
 
 
 def batch_sums(
-    model: Apollo, batch: Batch, train: TrainConfig, attention: str = "ring"
+    model: Apollo, batch: Batch, train: TrainConfig, attention: str = "ring", groups: int = 0
 ) -> losses.Sums:
     """Loss sums of a batch: encode the clips, splice them in, decode.
 
-    `attention` is that of the mesh config.
+    `attention` is that of the mesh config. They are told by group if there are `groups` of them,
+    see `groups_of`.
     """
     x = jax.tree.map(jnp.asarray, batch)
     zigzag = attention == "ring" and sharding.ways("length") > 1
@@ -81,6 +84,8 @@ def batch_sums(
         chunk=train.loss_chunk,
         cut=train.loss_cut,
         skip_below=train.loss_skip_below,
+        groups=x.groups,
+        num_groups=groups,
     )
 
 
@@ -108,9 +113,16 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     schedules = make_schedules(experiment.optimizer, train.num_steps, batches)
     tx = with_average(make_optimizer(experiment.optimizer, schedules), train.ema_decay)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
-    sums = partial(batch_sums, train=train, attention=experiment.mesh.attention)
+    groups = groups_of(experiment)
+    sums = partial(batch_sums, train=train, attention=experiment.mesh.attention, groups=groups)
     options = sharding.compiler_options(mesh)
-    return make_program(train, graphdef, tx, schedules, sums, abstract, options)
+    return make_program(train, graphdef, tx, schedules, sums, abstract, options, groups)
+
+
+def groups_of(experiment: Experiment) -> int:
+    """Numbers below this stand in `Batch.groups`, of training and of held-out sources."""
+    sources = (experiment.data.sources, experiment.evaluation.sources)
+    return len(MODALITIES) * max(map(len, sources))
 
 
 def make_program(
@@ -121,12 +133,14 @@ def make_program(
     loss_sums: LossSums,
     abstract: TrainState,
     options: Mapping[str, str] | None = None,
+    groups: int = 0,
 ) -> Program:
     """The steps of a model with these loss sums."""
     update = make_update(graphdef, tx, schedules, loss_sums, abstract, options)
-    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, train.noise_scale)
-    adder = accumulate.make_add(graphdef, loss_sums, abstract, options, train.noise_scale)
-    shapes = accumulate.shapes_of(abstract, train.noise_scale)
+    told = train.noise_scale, groups
+    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, *told)
+    adder = accumulate.make_add(graphdef, loss_sums, abstract, options, *told)
+    shapes = accumulate.shapes_of(abstract, *told)
 
     def train_step(
         state: TrainState,
@@ -205,15 +219,18 @@ def make_update(
             _, metrics = _measured(total.sums)
             if total.spread is not None:
                 metrics |= noise_scale.estimates(total.spread, total.grads, total.sums.weight)
-        metrics |= grad_norms(grads)
+        metrics |= norms("grad_norm", grads)  # before clipping
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, opt_state = tx.update(grads, opt_state, params, step=count)
         params = optax.apply_updates(params, updates)
+        moved = norms("update_norm", updates)
         if limits is not None:
             good = jnp.all(jnp.stack([metrics["loss"], metrics["grad_norm"]]) < limits)
             new = (params, opt_state)
             params, opt_state = jax.tree.map(partial(jnp.where, good), new, old)
+            moved = {name: jnp.where(good, norm, 0.0) for name, norm in moved.items()}
+        metrics |= moved | norms("param_norm", params)
         return (count + 1, params, opt_state), metrics
 
     return update
@@ -222,7 +239,8 @@ def make_update(
 def _measured(sums: losses.Sums) -> tuple[jax.Array, Metrics]:
     """The loss, and what is reported of it."""
     loss, accuracy = losses.mean(sums)
-    return loss, {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
+    metrics = {"loss": loss, "accuracy": accuracy, "target_tokens": sums.weight}
+    return loss, metrics if sums.by_group is None else metrics | {losses.BY_GROUP: sums.by_group}
 
 
 def _moving(state: TrainState) -> tuple:
@@ -239,12 +257,12 @@ def make_eval_step(graphdef: nnx.GraphDef, loss_sums: LossSums) -> EvalStep:
     return lambda state, batch: sums(state.params, state.frozen, batch)
 
 
-def grad_norms(grads: Arrays) -> Metrics:
-    """Norm of each component's gradient, and of all of them together, before clipping."""
+def norms(what: str, arrays: Any) -> Metrics:
+    """`what/COMPONENT`: the norm of each component's arrays; `what`: of all of them."""
     squares: dict[str, jax.Array] = {}
-    for name, grad in grads.items():
-        square = jnp.sum(jnp.square(grad.astype(jnp.float32)))
+    for name, array in arrays.items():
+        square = jnp.sum(jnp.square(array.astype(jnp.float32)))
         component = component_of(name)
         squares[component] = squares.get(component, jnp.zeros((), jnp.float32)) + square
-    norms = {f"grad_norm/{c}": jnp.sqrt(s) for c, s in squares.items()}
-    return {"grad_norm": jnp.sqrt(sum(squares.values(), jnp.zeros((), jnp.float32)))} | norms
+    whole = sum(squares.values(), jnp.zeros((), jnp.float32))
+    return {what: jnp.sqrt(whole)} | {f"{what}/{c}": jnp.sqrt(s) for c, s in squares.items()}

@@ -3,7 +3,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import signal
 import threading
@@ -13,7 +12,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,18 +20,21 @@ from rich.console import Console
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.config import Experiment, load, parse_overrides
-from apollo_jax.training import agreement, checks, losses, processes, stages
+from apollo_jax.training import checks, processes, stages
 from apollo_jax.training.agreement import Feed
-from apollo_jax.training.average import averaged
+from apollo_jax.training.boards import find_wandb, open_boards
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
+from apollo_jax.training.held_out import evaluate
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, rates_by_batch
+from apollo_jax.training.profiling import Tracer
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
+from apollo_jax.training.throughput import Throughput, peak_seconds
 from apollo_jax.training.weights import initial_weights, located
 from data_pipeline.batch import Batch
 from data_pipeline.load_stats import LoadStats, together
@@ -74,6 +75,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     starting weights that do not fit.
     """
     goodput = Goodput()
+    find_wandb(experiment.train.wandb)  # or say so now
     tokenizer = checks.tokenizer_of(experiment)
     begun = checks.continues(experiment, workdir)
     experiment = located(experiment, workdir, begun)
@@ -83,6 +85,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, ramp)
     processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
     console.quiet = jax.process_index() != 0
+    needs = peak_seconds(experiment)
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         checks.memory(experiment, program.abstract, mesh.shape)
@@ -99,8 +102,8 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         judged = None if saved is None else saved.get("guard")
         guard = Guard(experiment.train, workdir, records_of(loader, ramp), judged)
         noise = NoiseScale(None if saved is None else saved.get("noise"))
-        begun_run = Run(experiment, workdir, mesh, program, loader, guard, goodput, noise)
-        return loop(begun_run, step, state)
+        run = Run(experiment, workdir, mesh, program, loader, guard, goodput, noise, needs)
+        return loop(run, step, state)
 
 
 class Run(NamedTuple):
@@ -114,6 +117,7 @@ class Run(NamedTuple):
     guard: Guard
     goodput: Goodput
     noise: NoiseScale
+    needs: float = 0.0  # seconds of a microbatch at the devices' peak, see throughput.py
 
 
 def loop(run: Run, start: int, state: TrainState) -> bool:
@@ -122,6 +126,7 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
     done = stopped = False
     feed = Feed(run.loader, share(run.mesh))
     with contextlib.ExitStack() as stack:
+        boards = open_boards(run.experiment, run.workdir, start)
         log = MetricLog(
             run.workdir,
             start=start,
@@ -132,12 +137,15 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             guard=run.guard,
             goodput=run.goodput,
             noise=run.noise,
+            boards=boards,
+            throughput=Throughput(run.goodput, start, feed.mine.count, train.ramp, run.needs),
         )
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         for resource in (log, checkpoints):
             stack.enter_context(contextlib.closing(resource))
         stack.push(processes.leave)
         stop = stack.enter_context(StopSignal())
+        tracer = stack.enter_context(Tracer(run.workdir, train.profile, console))
         during = run.goodput.during
         stack.enter_context(during("compile"))
         _compile_ahead(run, start)
@@ -152,7 +160,8 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
                 state = _judged(run, step, state, log, checkpoints)
             if evaluates:
                 with during("evaluation"):
-                    log.write(step, _evaluate(run, state))
+                    found = evaluate(run.experiment, run.mesh, run.program.eval_step, state)
+                    boards.write(step, found)
             if saves:
                 agree(feed.mine, feed.digest)
                 with during("checkpoint"):
@@ -161,7 +170,7 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             checkpoints.check()
             if done or stopped:
                 break
-            with during("compile" if step == start else "step"):
+            with during("compile" if step == start else "step"), tracer.step(step + 1, state):
                 state, metrics, stats, waited = _update(run, step, state, feed)
             log.push(step + 1, metrics, stats, waited, feed.error)
             state = _judged(run, step + 1, state, log, checkpoints)
@@ -250,34 +259,6 @@ def _start(
     weights, origin = initial_weights(experiment, shapes)
     console.print(f"starting {experiment.name} with weights: {origin}", soft_wrap=True)
     return 0, create(weights, program.abstract, program.tx), None
-
-
-def _evaluate(run: Run, state: TrainState) -> dict[str, float]:
-    """Loss and accuracy over the first batches of the held-out sources; of the averages as well."""
-    evaluation = run.experiment.evaluation
-    data = dataclasses.replace(run.experiment.data, sources=evaluation.sources)
-    states = {"eval": state}
-    if run.experiment.train.ema_decay:
-        states["eval/ema"] = averaged(state)
-    totals: dict[str, losses.Sums] = {}
-    with contextlib.closing(open_loader(data, evaluation.batches, run.mesh)) as loader:
-        feed, counts, latest = Feed(loader, share(run.mesh)), np.zeros(2, np.int32), ""
-        for _ in range(evaluation.batches):
-            rows, stats = next(feed)
-            counts += (len(stats.bad), stats.samples + len(stats.bad))
-            latest = ": ".join(stats.bad[-1]) if stats.bad else latest
-            batch = place(rows, run.mesh)
-            for name, one in states.items():
-                sums = run.program.eval_step(one, batch)
-                totals[name] = jax.tree.map(jnp.add, totals[name], sums) if name in totals else sums
-        agreement.stop_if_any(feed.error)
-        bad, seen = np.asarray(agreement.total(counts)).tolist()
-        agreement.stop_if_too_many(bad, seen, data.max_bad_share, latest)
-    found = {}
-    for name, total in totals.items():
-        loss, accuracy = losses.mean(total)
-        found |= {f"{name}/loss": float(loss), f"{name}/accuracy": float(accuracy)}
-    return found
 
 
 class StopSignal:

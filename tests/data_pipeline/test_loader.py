@@ -167,6 +167,22 @@ def test_images_are_one_clip_each_and_centre_is_one_frame(root):
     assert "6.0-6.0 seconds" in text
 
 
+def test_every_position_knows_its_source_and_modality(root):
+    """A sample is of what is most in it: a video, an image, or text alone."""
+    sources = {"mixed": [IMAGES[0], IMAGES[1], TEXTS[0]], "v": VIDEOS[:6]}
+    seen = set()
+    for batch, _ in load(data(root, sources), 3):
+        assert not batch.groups[batch.segment_ids == 0].any()
+        for row in range(8):
+            for segment in range(1, batch.segment_ids[row].max() + 1):
+                (group,) = set(batch.groups[row][batch.segment_ids[row] == segment].tolist())
+                clips = (batch.clip_segment_ids[row] == segment).sum()
+                seen.add((group, clips > 0, clips == 2))
+    mixed = {(0, False, False), (1, True, True), (2, True, True)}  # text, two images, image+video
+    assert mixed <= seen
+    assert {group for group, *_ in seen} == {0, 1, 2, 5}
+
+
 def test_processes_share_the_rows_of_one(root):
     config = data(root)
     whole = load(config, 4)

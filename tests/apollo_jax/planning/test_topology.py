@@ -3,7 +3,7 @@
 
 import pytest
 
-from apollo_jax.planning.topology import SLICES, parse
+from apollo_jax.planning.topology import CHIPS, SLICES, parse, peak_flops
 
 
 def test_names_and_counts():
@@ -13,6 +13,20 @@ def test_names_and_counts():
     two = parse("2*v5e:16x16")
     assert (two.slices, two.chips) == (2, 512)
     assert [parse(name).name for name in SLICES] == list(SLICES)
+
+
+def test_peaks_are_of_one_device_and_nothing_is_guessed():
+    assert peak_flops("TPU v5") == CHIPS["v5p"].flops
+    assert peak_flops("TPU7x") == CHIPS["tpu7x"].flops / 2
+    assert peak_flops("cpu") == peak_flops("TPU v99") == 0.0
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("name", ["v5e-16", "v5p-8", "v6e-16", "tpu7x-64"])
+def test_jax_calls_the_chips_so(name):
+    topology = parse(name)
+    peak = topology.chip.flops / topology.chip.devices
+    assert {peak_flops(d.device_kind) for d in topology.devices()} == {peak}
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from apollo_jax.config import TrainConfig
+from apollo_jax.training.boards import METRICS, forget_after
 from apollo_jax.training.guard import BAD_STEPS, Guard
-from apollo_jax.training.metrics import METRICS, MetricLog, forget_after
+from apollo_jax.training.metrics import MetricLog
 from data_pipeline.loader import Counts, LoadStats
 
 STATS = LoadStats(
@@ -96,6 +98,30 @@ def test_bad_records_are_named_and_counted(log, tmp_path, capsys):
     assert line["data/ours/seen"] == 0
     assert (line["fill_tokens"], line["fill_clips"]) == (0.5, 0.5)
     assert log.summary() == "samples: web 9 (3 trimmed, 1 dropped, 1 corrupt), ours 0"
+
+
+def test_losses_by_dataset_and_modality_are_of_all_steps_since_the_last_line(log, tmp_path):
+    """Groups 0 to 5: texts, images and videos of `web`, then of `ours`."""
+    log = log(start=0, num_steps=4, every=2, sources=("web", "ours"))
+    sums = np.zeros((4, 6, 2), np.float32)
+    sums[0, 0], sums[1, 0], sums[1, 5] = (4.0, 2.0), (2.0, 1.0), (9.0, 3.0)
+    sums[3, 1] = (5.0, 10.0)
+    for step in range(4):
+        log.push(step + 1, metrics(1.0) | {"by_group": jnp.asarray(sums[step])}, STATS, waited=0.0)
+    log.flush()
+    kinds = ("/dataset/", "/modality/")
+    found = [
+        {k: v for k, v in line.items() if any(kind in k for kind in kinds)}
+        for line in lines(tmp_path)
+    ]
+    assert found[0] == {
+        "loss/dataset/web": 2.0, "target_tokens/dataset/web": 3.0,
+        "loss/dataset/ours": 3.0, "target_tokens/dataset/ours": 3.0,
+        "loss/modality/text": 2.0, "target_tokens/modality/text": 3.0,
+        "loss/modality/video": 3.0, "target_tokens/modality/video": 3.0,
+    }  # fmt: skip
+    assert found[1]["loss/dataset/web"] == found[1]["loss/modality/image"] == 0.5
+    assert "loss/dataset/ours" not in found[1]
 
 
 def test_too_many_bad_records_stop(log):

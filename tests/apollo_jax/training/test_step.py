@@ -72,6 +72,8 @@ def run(program, mesh, start):
         with jax.set_mesh(mesh):
             for batch in batches:
                 now, metrics = program.train_step(now, place(batch, mesh))
+        groups = np.asarray(metrics.pop("by_group"))
+        assert groups[:, 1].sum() == metrics["target_tokens"]
         return now, {name: float(value) for name, value in metrics.items()}
 
     return run
@@ -91,9 +93,14 @@ def test_only_what_trains_moves_and_has_moments(run, weights):
     assert "learning_rate/llm" not in metrics
 
 
-def test_clipping_sees_only_what_trains(run):
+def test_clipping_sees_only_what_trains(run, weights):
     """Adam's first moment after one step is (1 - b1) times the clipped gradient."""
     after, metrics = run([random_batch()])
+    moved = {name: np.asarray(value) - weights[name] for name, value in after.params.items()}
+    for what, arrays in (("update_norm", moved), ("param_norm", after.params)):
+        norm = np.sqrt(sum(float(np.sum(np.square(a))) for a in arrays.values()))
+        assert metrics[what] == metrics[f"{what}/connector"] == pytest.approx(norm, rel=1e-4)
+    assert not any("llm" in name or "vision" in name for name in metrics)
     assert metrics["grad_norm"] == metrics["grad_norm/connector"] > 0
     (mu,) = (s.mu for s in after.opt_state if hasattr(s, "mu"))
     norm = np.sqrt(sum(float(np.sum(np.square(m))) for m in mu.values()))

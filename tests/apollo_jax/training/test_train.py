@@ -32,7 +32,7 @@ def losses(workdir: Path) -> list[tuple]:
 def whole(experiment, tmp_path_factory) -> Path:
     """The folder of an uninterrupted run."""
     workdir = tmp_path_factory.mktemp("whole")
-    assert train(experiment(), workdir)
+    assert train(experiment({"train.profile": "3:2"}), workdir)
     return workdir
 
 
@@ -47,6 +47,30 @@ def test_learns_and_leaves_everything_behind(whole):
     assert e.name == "tiny"
     ours, kept = (Tokenizer.from_path(p) for p in (e.data.tokenizer, whole / "tokenizer"))
     assert ours.fingerprint == kept.fingerprint
+
+
+def test_says_by_which_names_it_went(whole):
+    lines = list(map(json.loads, (whole / "metrics.jsonl").read_text().splitlines()))
+    steps = [line for line in lines if "loss" in line]
+    for line in steps:  # each is of one step here
+        for kind in ("dataset", "modality"):
+            of_kind = {n: v for n, v in line.items() if n.startswith(f"target_tokens/{kind}/")}
+            assert sum(of_kind.values()) == line["target_tokens"]
+            parts = [v * line[n.replace("target_tokens", "loss")] for n, v in of_kind.items()]
+            assert sum(parts) == pytest.approx(line["loss"] * line["target_tokens"], rel=1e-5)
+        for component in ("connector", "llm"):
+            sizes = [line[f"{what}_norm/{component}"] for what in ("update", "param")]
+            assert (sizes[0] > 0) == (line["step"] > 1), "the rate of the first step is 0"
+            assert sizes[1] > sizes[0]
+        assert not any("norm/vision_tower" in name for name in line), "it is frozen"
+        assert line["samples_per_second"] > 0
+        assert not any("mfu" in name or "memory" in name for name in line), "on a CPU"
+    assert {"loss/modality/text", "loss/modality/video", "loss/dataset/all"} <= set(steps[-1])
+    held_out = [line for line in lines if "eval/loss" in line]
+    for line in held_out:
+        assert line["eval/loss/dataset/held out"] == pytest.approx(line["eval/loss"], rel=1e-5)
+    (trace,) = whole.glob("**/*.xplane.pb")
+    assert trace.match("profile/plugins/profile/*/*.xplane.pb")
 
 
 def start(world: Path, workdir: Path, *flags: str, devices: int = 8) -> subprocess.Popen:
