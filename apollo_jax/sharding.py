@@ -168,7 +168,9 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
     On TPUs, left to itself, it makes every gather of a weight along a long `fsdp` axis an
     all-reduce of padded slices, twice the bytes, while all chips wait. With these it gathers the
-    weights of the next layer beside the products of this one.
+    weights of the next layer beside the products of this one. Along a short one it would cut each
+    product into as many parts as there are devices, to send one while it computes another: parts
+    so thin that most of the time goes into main memory.
     """
     if mesh.devices.flat[0].platform != "tpu":
         return {}
@@ -177,6 +179,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
         "xla_tpu_prefer_async_allgather_to_allreduce": "true",
         "xla_tpu_enable_async_collective_fusion": "true",
         "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",  # none is that large
     }
 
 
