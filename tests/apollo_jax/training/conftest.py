@@ -74,6 +74,7 @@ def command(world: Path):
             "data.clips": 1,
             "data.length": 192,
             "train.num_steps": 2,
+            "train.checkpoint_every": 1,
             "optimizer.warmup_ratio": 0,
         } | {f"optimizer.learning_rates.{c}": rate for c, rate in asdict(rates).items()}
         given = [f"--config.{name}={value}" for name, value in fields.items()]
@@ -91,3 +92,38 @@ def stored_weights():
         return {name: stored.read(name) for name in stored.stored}
 
     return stored_weights
+
+
+@pytest.fixture(scope="session")
+def stored_moments():
+    """stored_moments(folder, step): the arrays that the optimizer kept by name, by their keys."""
+
+    def stored_moments(folder: Path, step: int) -> dict[str, np.ndarray]:
+        path = folder / run.CHECKPOINTS / f"{step:08d}" / run.OPTIMIZER
+        stored = OrbaxArrays(path, lambda key: "/" in key)
+        return {key: stored.read(key) for key in stored.stored}
+
+    return stored_moments
+
+
+@pytest.fixture(scope="session")
+def check_moments(stored_moments):
+    """check_moments(folder, names): moments, norm and clip of step 1 are of these weights alone.
+
+    Adam's first moment is then (1 - b1) times the clipped gradient.
+    """
+
+    def check_moments(folder: Path, names: set[str]) -> None:
+        mu = {k: a for k, a in stored_moments(folder, 1).items() if ".mu." in k}
+        assert {key.partition(".mu.")[2] for key in mu} == names
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        first = next(line for line in lines if line["step"] == 1)
+        components = {name.partition("/")[0] for name in names}
+        norms = {k.partition("/")[2]: v for k, v in first.items() if k.startswith("grad_norm/")}
+        assert norms.keys() == components
+        whole = np.sqrt(sum(norm**2 for norm in norms.values()))
+        assert first["grad_norm"] == pytest.approx(whole, rel=1e-5)
+        clipped = np.sqrt(sum(float(np.sum(np.square(m))) for m in mu.values()))
+        assert clipped == pytest.approx(0.1 * min(1.0, whole), rel=1e-4)
+
+    return check_moments

@@ -48,6 +48,13 @@ def test_a_stage_has_what_the_one_before_left(runs, stored_weights):
         assert run.read_experiment(runs / after).init_from == str(runs / before)
 
 
+def test_moments_norm_and_clip_are_of_what_trains(runs, stored_weights, check_moments):
+    for name, rates in RATES.items():
+        trained = trained_components(rates)
+        everything = stored_weights(runs / name)
+        check_moments(runs / name, {n for n in everything if component_of(n) in trained})
+
+
 def test_the_same_command_continues_whatever_lies_there_now(
     runs, command, stored_weights, tmp_path, capsys
 ):

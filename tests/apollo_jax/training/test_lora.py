@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec as P
 
 import apollo_jax
 from apollo_jax import config, sharding
-from apollo_jax.checkpoints import convert, run
+from apollo_jax.checkpoints import convert, opening, run
 from apollo_jax.config import LearningRates
+from apollo_jax.models import apollo
 from apollo_jax.models.lora import LoraConfig, Updates
 from apollo_jax.training import stages, state, step, train
 from apollo_jax.training.weights import initial_weights
@@ -27,7 +28,7 @@ LORA = (
     "--config.train.lora.llm.rank=4",
     "--config.train.lora.vision_tower.rank=2",
     "--config.train.lora.vision_tower.targets=qkv,fc1",
-    *("--config.train.remat=full", "--config.train.num_steps=4"),
+    *("--config.train.remat=full", "--config.train.num_steps=4", "--config.train.ema_decay=0.5"),
     *(f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")),
 )
 
@@ -60,12 +61,16 @@ def test_the_base_stays_and_the_updates_move(folder, first, stored_weights):
         assert np.array_equal(value, first[name]) != trains, name
 
 
-def test_moments_are_of_the_updates(folder, stored_weights):
+def test_moments_norm_and_clip_are_of_what_trains(folder, check_moments):
+    e = run.read_experiment(folder)
+    params, _ = state.split(model_of(e)[1], apollo.COMPONENTS)
+    assert all("/lora/" in name or name.startswith("connector/") for name in params)
+    check_moments(folder, set(params))
+
+
+def test_they_are_cut_as_their_weights_are(folder, stored_weights):
     e = run.read_experiment(folder)
     abstract = step.build(e, sharding.make_mesh(e.mesh)).abstract
-    paths = jax.tree_util.tree_flatten_with_path(abstract.opt_state)[0]
-    moments = {key.key for path, _ in paths for key in path if hasattr(key, "key")}
-    assert moments == set(abstract.params)
     own = {n for n in abstract.params if state.component_of(n) != "connector"}
     assert own == {n for n in stored_weights(folder) if "/lora/" in n}
     places = {name: s.sharding.spec for name, s in abstract.params.items()}
@@ -130,6 +135,18 @@ def test_the_export_answers_as_the_run(folder, first, exports, logits, stored_we
         }
         found = logits(plain, {name: leaf[...] for name, leaf in merged.items()})
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_averages_are_of_the_updates(folder, stored_weights, stored_moments):
+    e = run.read_experiment(folder)
+    kept = {
+        k.partition(".ema.")[2]: a for k, a in stored_moments(folder, 4).items() if ".ema." in k
+    }
+    merged, name = opening.run_weights(folder, e, "ema"), "llm/layers/gate"
+    product = kept[f"{name}/lora/a"] @ kept[f"{name}/lora/b"]
+    expected = stored_weights(folder)[f"{name}/kernel"] + e.train.lora.llm.scale * product
+    np.testing.assert_allclose(merged.read(f"{name}/kernel"), expected, rtol=1e-6, atol=1e-7)
+    assert "llm/layers/gate/kernel" not in kept
 
 
 def test_the_next_stage_starts_from_the_merged_weights(folder, exports):
