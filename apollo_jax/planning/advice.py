@@ -56,8 +56,10 @@ def _changes(compiled: Compiled, experiment: Experiment, mesh: dict[str, int]) -
     memory = compiled.memory
     changes = []
     if rows > 1:
-        half = f"config.data.batch_size={data.batch_size // 2}"
-        changes.append(Advice((decoder + vision + logits) / 2, f"{half}, half the rows per device"))
+        half = f"config.data.batch_size={data.batch_size // 2}, half the rows per device"
+        if not train.batch_ramp:
+            half += f" (train.accumulate={2 * train.accumulate} keeps the update's)"
+        changes.append(Advice((decoder + vision + logits) / 2, half))
     if data.clips > 1:
         text = f"config.data.clips={data.clips // 2}, half the clips per row"
         changes.append(Advice(vision / 2, text))

@@ -18,9 +18,9 @@ from apollo_jax.planning.buffers import Buffer, at_peak
 from apollo_jax.planning.hlo_module import Module
 from apollo_jax.planning.rates import Rates
 from apollo_jax.planning.topology import Topology
-from apollo_jax.training import losses, stages
+from apollo_jax.training import accumulate, losses, stages
 from apollo_jax.training.state import HOST, TrainState, abstract_model, merge, split
-from apollo_jax.training.step import Program, batch_sums, build
+from apollo_jax.training.step import batch_sums, build
 from data_pipeline.batch import Batch, empty_batch
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -42,10 +42,11 @@ class Memory:
     temporaries: int
     code: int
     peak: int  # the compiler's own; the sum where it gives none
+    accumulated: int = 0  # sums of gradients, of steps from several microbatches
 
     @property
     def resident(self) -> int:
-        return self.params + self.frozen + self.moments
+        return self.params + self.frozen + self.moments + self.accumulated
 
 
 @dataclass(frozen=True)
@@ -89,22 +90,51 @@ def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
 def compile_step(experiment: Experiment, topology: Topology, code: bool = True) -> Compiled:
     """Compiles the train step for the topology; a step that does not fit is an answer, no error.
 
+    Of a step from several microbatches both programs: that of the last and that of the others.
+    Memory and buffers are those of the program that needs more, the rest is of the whole step.
+
     Without `code` it takes a tenth of the time and `memory.code` is 0, see layout_only.
     Raises ValueError for a mesh or batch that does not divide, and for a fault of the compiler.
     """
     mesh = sharding.make_mesh(experiment.mesh, topology.devices())
     program = build(experiment, mesh)  # before the mesh is set: it computes a few constants
     batch = abstract_batch(experiment, mesh)
-    began = time.perf_counter()
+    others = experiment.train.ramp.most - 1
+    gradients = others > 0 and accumulate.shapes_of(program.abstract).grads
+    held = _held(program.abstract, batch, gradients)
     with jax.set_mesh(mesh):
-        lowered = program.lower(batch)
+        last = program.lower(batch, others > 0)
+    step = _compiled(last, held, mesh, topology, code)
+    if not others:
+        return step
+    with jax.set_mesh(mesh):
+        add = _compiled(program.lower_add(batch), held, mesh, topology, code)
+    larger = max(step, add, key=lambda c: (not c.fits, c.memory.peak))
+    totals = None
+    if step.totals and add.totals:
+        totals = hlo.together([(step.totals, 1), (add.totals, others)])
+    return replace(
+        larger,
+        fits=step.fits and add.fits,
+        memory=replace(larger.memory, code=step.memory.code + add.memory.code),
+        totals=totals,
+        seconds=step.seconds + add.seconds,
+        note=step.note or add.note,
+    )
+
+
+def _compiled(
+    lowered: Any, held: dict[str, int], mesh: Any, topology: Topology, code: bool
+) -> Compiled:
+    """One program, beside which the bytes of `held` lie in memory by kind."""
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         compiled, too_large, note = _compile(lowered, folder, code)
         module = Module(_optimised(folder))
         totals = compiled and hlo.totals(module, dict(mesh.shape), _rates(mesh, topology))
         return Compiled(
             fits=compiled is not None,
-            memory=_memory(program, batch, compiled, too_large),
+            memory=_memory(held, compiled, too_large),
             totals=totals,
             buffers=at_peak(folder, module),
             seconds=time.perf_counter() - began,
@@ -166,7 +196,7 @@ def _rates(mesh: Any, topology: Topology) -> Rates:
 
 
 def model_flops(experiment: Experiment) -> float:
-    """FLOPs that a step of this experiment needs: products of its loss's gradient.
+    """FLOPs that a microbatch of this experiment needs: products of its loss's gradient.
 
     Counted without rematerialisation, of logits too; the decoder's causal attention by half.
     """
@@ -192,14 +222,20 @@ def model_flops(experiment: Experiment) -> float:
     return row * experiment.data.batch_size
 
 
-def _memory(program: Program, batch: Batch, compiled: Any, too_large: int) -> Memory:
-    state: TrainState = program.abstract
-    stats = compiled and compiled.memory_analysis()
-    held = {
+def _held(state: TrainState, batch: Batch, accumulated: Any) -> dict[str, int]:
+    """Bytes per device of what lies there before a program runs, by the names in Memory."""
+    return {
         "params": _local(state.params),
         "frozen": _local(state.frozen),
         "moments": _local(state.opt_state),
+        "accumulated": _local(accumulated) if accumulated else 0,
         "batch": _local(batch),
+    }
+
+
+def _memory(held: dict[str, int], compiled: Any, too_large: int) -> Memory:
+    stats = compiled and compiled.memory_analysis()
+    held = held | {
         "temporaries": stats.temp_size_in_bytes if stats else too_large,
         "code": stats.generated_code_size_in_bytes if stats else 0,
     }

@@ -11,6 +11,7 @@ device and run of the program.
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from apollo_jax.planning import exchanges
@@ -68,6 +69,29 @@ def totals(text: str | Module, mesh: dict[str, int], rates: Rates = NOMINAL) -> 
     ]
     total.collectives.sort(key=lambda c: -c.bytes)
     return total
+
+
+def together(parts: Sequence[tuple[Totals, int]]) -> Totals:
+    """Of programs that run one after the other, each so many times."""
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0] * 5)
+    for part, times in parts:
+        for c in part.collectives:
+            of_one = c.count, c.bytes, c.asynchronous, c.seconds, c.waited_seconds
+            row = sums[c.kind, c.axes, c.network]
+            row[:] = [a + times * b for a, b in zip(row, of_one, strict=True)]
+    found = [
+        Collective(kind, axes, count, sent, hidden, network, seconds, waited)
+        for (kind, axes, network), (count, sent, hidden, seconds, waited) in sums.items()
+    ]
+    return Totals(
+        flops=sum(n * t.flops for t, n in parts),
+        kernel_flops=sum(n * t.kernel_flops for t, n in parts),
+        unknown_kernels={name for t, _ in parts for name in t.unknown_kernels},
+        collectives=sorted(found, key=lambda c: -c.bytes),
+        hbm_bytes=sum(n * t.hbm_bytes for t, n in parts),
+        work_seconds=sum(n * t.work_seconds for t, n in parts),
+        seconds=sum(n * t.seconds for t, n in parts),
+    )
 
 
 @dataclass

@@ -58,7 +58,8 @@ class Plan:
     frames: int
     config: Experiment
     price: float = 0.0  # USD per chip and hour; 0 = not asked
-    input_bytes: int = 0  # of a step's batch, all chips
+    input_bytes: int = 0  # of a step's batches, all chips
+    microbatches: int = 1  # of a step; with a ramp of the largest, as all that is per step
 
     @property
     def executed_flops(self) -> float:
@@ -106,6 +107,7 @@ class Plan:
             "compile_seconds": self.compiled.seconds,
             "compiler_flags": self.compiled.note,
             "batch": {
+                "microbatches": self.microbatches,
                 "rows": self.rows,
                 "tokens": self.tokens,
                 "frames": self.frames,
@@ -168,7 +170,7 @@ class Plan:
 
     def _cost(self) -> dict[str, float]:
         """USD at the bound. A step is 256 samples: the published recipe's, however it is packed."""
-        step = self.step_seconds / 3600 * self.topology.chips * self.price
+        step, train = self.step_seconds / 3600 * self.topology.chips * self.price, self.config.train
         return {
             "usd_per_chip_hour": self.price,
             "usd_per_step": step,
@@ -176,7 +178,7 @@ class Plan:
             "usd_per_billion_tokens": step / self.tokens * 1e9,
             "samples_per_step": SAMPLES_PER_STEP,
             "usd_per_million_samples": step / SAMPLES_PER_STEP * 1e6,
-            "usd_of_the_run": step * self.config.train.num_steps,
+            "usd_of_the_run": step * train.ramp.before(train.num_steps) / self.microbatches,
         }
 
 
@@ -191,18 +193,22 @@ def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: b
     data = experiment.data
     checks.layout(experiment, mesh.shape)
     shapes = jax.tree.leaves(abstract_batch(experiment, mesh))
+    size = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in shapes)
+    count = experiment.train.ramp.most
+    rows = count * data.batch_size
     return Plan(
         experiment=experiment.name,
         topology=topology,
         mesh=dict(mesh.shape),
         compiled=compile_step(experiment, topology, code),
-        needed_flops=model_flops(experiment) / topology.chips,
-        rows=data.batch_size,
-        tokens=data.batch_size * data.length,
-        frames=data.batch_size * data.clips * data.frames_per_clip,
+        needed_flops=count * model_flops(experiment) / topology.chips,
+        rows=rows,
+        tokens=rows * data.length,
+        frames=rows * data.clips * data.frames_per_clip,
         config=experiment,
         price=price,
-        input_bytes=sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in shapes),
+        input_bytes=count * size,
+        microbatches=count,
     )
 
 

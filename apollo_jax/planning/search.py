@@ -2,9 +2,10 @@
 """`apollo-jax plan search`: which mesh, rematerialisation and rows a recipe should have on a slice.
 
 From the config's own layout the search walks to neighbours: a prime factor moved from one mesh axis
-to another, the next rematerialisation, half as many rows of twice the length or the reverse. What
-arithmetic refuses is never compiled. It goes on from whatever no other layout beats in both step
-time bound and peak memory, and ends when all neighbours of these have been looked at.
+to another, the next rematerialisation, half as many rows of twice the length or in twice as many
+microbatches, or the reverse. What arithmetic refuses is never compiled. It goes on from whatever no
+other layout beats in both step time bound and peak memory, and ends when all neighbours of these
+have been looked at.
 """
 
 import argparse
@@ -41,6 +42,7 @@ class Layout:
     rows: int
     length: int  # of a row
     clips: int  # of a row
+    accumulate: int = 1  # microbatches
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,6 +52,7 @@ class Layout:
         """The config fields that ask for this layout."""
         fields = {f"mesh.{axis}": n for axis, n in self.sizes.items()} | {
             "train.remat": self.remat,
+            "train.accumulate": self.accumulate,
             "data.batch_size": self.rows,
             "data.length": self.length,
             "data.clips": self.clips,
@@ -60,11 +63,12 @@ class Layout:
         """The experiment in this layout."""
         data = replace(experiment.data, batch_size=self.rows, length=self.length, clips=self.clips)
         mesh = replace(experiment.mesh, **self.sizes)
-        train = replace(experiment.train, remat=self.remat)
+        train = replace(experiment.train, remat=self.remat, accumulate=self.accumulate)
         return replace(experiment, data=data, mesh=mesh, train=train)
 
     def __str__(self) -> str:
-        return f"{meshes.text(self.sizes)} remat={self.remat} {self.rows}x{self.length}"
+        rows = f"{self.accumulate}x" * (self.accumulate > 1) + str(self.rows)
+        return f"{meshes.text(self.sizes)} remat={self.remat} {rows}x{self.length}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ def neighbours(layout: Layout) -> Iterator[Layout]:
     rows, length, clips = layout.rows, layout.length, layout.clips
     if rows % 2 == 0:
         yield replace(layout, rows=rows // 2, length=length * 2, clips=clips * 2)
+        yield replace(layout, rows=rows // 2, accumulate=layout.accumulate * 2)
+    if layout.accumulate % 2 == 0:
+        yield replace(layout, rows=rows * 2, accumulate=layout.accumulate // 2)
     if length % 2 == 0 and clips % 2 == 0:
         yield replace(layout, rows=rows * 2, length=length // 2, clips=clips // 2)
 
@@ -121,8 +128,7 @@ class Arithmetic:
         self.divisors = checks.weight_divisors(experiment)
         self.hbm = topology.chip.hbm / topology.chip.devices
         one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-        clipped = experiment.optimizer.clip_norm > 0
-        self.held = checks.held_bytes(build(experiment, one).abstract, gradients=clipped)
+        self.state = build(experiment, one).abstract
 
     def refusal(self, layout: Layout) -> Outcome | None:
         """Why the layout cannot run, if that can be said."""
@@ -140,7 +146,8 @@ class Arithmetic:
             return Outcome(
                 layout, refused=why or f"mesh data={rows} does not divide {slices} slices"
             )
-        needed = checks.on_device(self.held, layout.sizes)
+        gradients = checks.gradients_held(experiment, self.state)
+        needed = checks.on_device(checks.held_bytes(self.state, gradients), layout.sizes)
         if needed > self.hbm:
             what = "weights, moments and gradients alone"
             return Outcome(layout, peak=needed, refused=_too_large(needed, self.hbm, what))
@@ -148,12 +155,19 @@ class Arithmetic:
 
     def start(self) -> Layout:
         """The config's own layout, or the nearest mesh that divides. ValueError if none does."""
-        data, remat = self.experiment.data, self.experiment.train.remat
+        data, train = self.experiment.data, self.experiment.train
         asked = {axis: getattr(self.experiment.mesh, axis) for axis in sharding.MESH_AXES}
         fixed = {axis: size for axis, size in asked.items() if size > 0}
         every = meshes.every(self.devices, sharding.MESH_AXES)
         layouts = (
-            Layout(tuple(sizes.values()), remat, data.batch_size, data.length, data.clips)
+            Layout(
+                tuple(sizes.values()),
+                train.remat,
+                data.batch_size,
+                data.length,
+                data.clips,
+                train.accumulate,
+            )
             for sizes in meshes.nearest(fixed, every, count=self.devices**2)
         )
         refused = []

@@ -23,6 +23,10 @@ def show(console: Console, facts: Mapping[str, Any]) -> None:
         f"[bold]{facts['experiment']}[/] on {facts['topology']}: {facts['chips']} chips, {mesh}",
         highlight=False,
     )
+    if (count := facts["batch"].get("microbatches", 1)) > 1:
+        console.print(
+            f"a step is an update from {count} microbatches, {facts['batch']['rows']} rows"
+        )
     _memory(console, facts)
     if not facts["fits"]:
         need = sum(v for k, v in facts["memory"].items() if k != "peak") - facts["hbm_bytes"]
@@ -43,6 +47,8 @@ def _memory(console: Console, facts: Mapping[str, Any]) -> None:
     hbm = facts["hbm_bytes"]
     table = Table("memory per device", "GiB", "of its HBM")
     for name, value in facts["memory"].items():
+        if name == "accumulated" and not value:
+            continue
         if name == "peak":
             table.add_section()
         table.add_row(name, short(value / GIB), f"{value / hbm:.0%}")

@@ -67,7 +67,13 @@ def make_add(
     """
     places = jax.tree.map(lambda s: s.sharding, shapes_of(abstract, spread, groups))
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=places, compiler_options=dict(options or {}))
+    @partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=places,
+        compiler_options=dict(options or {}),
+        keep_unused=True,  # moments too, which are there: the compiler is to count their memory
+    )
     def add(
         grads: Arrays, sums: tuple, params: Arrays, opt_state: Any, frozen: Arrays, batch: Any
     ) -> Accumulated:

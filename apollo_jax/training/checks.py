@@ -5,12 +5,14 @@ import fnmatch
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from apollo_jax import meshes, sharding
 from apollo_jax.checkpoints import run
 from apollo_jax.config import Experiment, differences, unset_paths
+from apollo_jax.training import accumulate
 from apollo_jax.training.state import TrainState, abstract_model
 from data_pipeline.tokenizer import Tokenizer
 
@@ -143,7 +145,8 @@ def memory(
     """
     if limit is None:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    held = held_bytes(state, gradients=experiment.optimizer.clip_norm > 0)
+    gradients = gradients_held(experiment, state)
+    held = held_bytes(state, gradients)
     needed = on_device(held, mesh)
     if limit is None or needed <= limit:
         return
@@ -162,13 +165,20 @@ def memory(
     )
 
 
-def held_bytes(state: TrainState, gradients: bool) -> dict[tuple[str, ...], int]:
-    """Bytes in the chips' memory by the mesh axes that cut them, all chips together.
+def gradients_held(experiment: Experiment, state: TrainState) -> Any:
+    """Shapes of the gradients that are there at once: sums over microbatches, or what a clip needs.
 
-    `gradients`: with those of all that trains, as a clip by their norm needs them at once.
+    A clip by their norm needs all of them; accumulated ones are float32, and clipped in place.
     """
+    if experiment.train.ramp.most > 1:
+        return accumulate.shapes_of(state).grads
+    return state.params if experiment.optimizer.clip_norm > 0 else {}
+
+
+def held_bytes(state: TrainState, gradients: Any) -> dict[tuple[str, ...], int]:
+    """Bytes in the chips' memory by the mesh axes that cut them, all chips together."""
     found: dict[tuple[str, ...], int] = {}
-    for leaf in jax.tree.leaves((state, gradients and state.params)):
+    for leaf in jax.tree.leaves((state, gradients)):
         if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.memory_kind in _ON_CHIP:
             cut = [part if isinstance(part, tuple) else (part,) for part in leaf.sharding.spec]
             axes = tuple(axis for part in cut for axis in part if axis)

@@ -154,3 +154,18 @@ def test_exchanges_name_their_axis(axis):
 def test_no_module():
     with pytest.raises(ValueError, match="no HLO module"):
         hlo.totals("nothing", {"data": 1})
+
+
+def test_programs_one_after_the_other():
+    gather = hlo.Collective("all-gather", ("fsdp",), 2, 8.0, 4.0, "ici", 0.5, 0.25)
+    reduce = hlo.Collective("all-reduce", ("data",), 1, 64.0, 0.0, "dcn", 1.0, 1.0)
+    last = hlo.Totals(10.0, 1.0, {"a"}, [gather, reduce], 100.0, 1.0, 2.0)
+    others = hlo.Totals(20.0, 2.0, {"b"}, [gather], 200.0, 1.5, 3.0)
+    whole = hlo.together([(last, 1), (others, 3)])
+    assert (whole.flops, whole.kernel_flops, whole.hbm_bytes) == (70.0, 7.0, 700.0)
+    assert (whole.work_seconds, whole.seconds) == (5.5, 11.0)
+    assert whole.unknown_kernels == {"a", "b"}
+    assert whole.collectives == [
+        reduce,
+        hlo.Collective("all-gather", ("fsdp",), 8, 32.0, 16.0, "ici", 2.0, 1.0),
+    ]

@@ -53,6 +53,29 @@ def test_the_real_step_is_compiled_for_two_slices(tmp_path):
     assert "</html>" in (tmp_path / "plan.html").read_text()
 
 
+def test_a_step_from_microbatches_is_planned_whole(tmp_path):
+    """Four microbatches of as many rows take four times as long, and the sums of gradients."""
+    facts = {}
+    for count in (1, 4):
+        more = {"mesh.data": "2", "mesh.fsdp": "4", "train.accumulate": str(count)}
+        done = run(tmp_path, "--topology", "v5e:2x4", "--no-code", **more)
+        assert done.returncode == 0, done.stderr
+        facts[count] = json.loads((tmp_path / "plan.json").read_text())
+    one, four = facts[1], facts[4]
+    assert "an update from 4 microbatches, 64 rows" in done.stdout
+    assert four["batch"]["rows"] == 4 * one["batch"]["rows"] == 64
+    assert four["model_flops"] == 4 * one["model_flops"]
+    assert four["executed_flops"] == pytest.approx(4 * one["executed_flops"], rel=0.02)
+    assert 3 < four["bound"]["step_seconds"] / one["bound"]["step_seconds"] < 4.5
+    assert (one["memory"]["accumulated"], four["memory"]["accumulated"]) == (
+        0,
+        four["memory"]["params"],
+    )
+    for kind in ("params", "frozen", "moments", "batch"):
+        assert four["memory"][kind] == one["memory"][kind]
+    assert four["memory"]["peak"] > one["memory"]["peak"]
+
+
 def test_what_does_not_fit_is_an_answer(tmp_path):
     """Sixteen thousand rows of a toy: their activations exceed the chip."""
     done = run(tmp_path, "--topology", "v5e:4x4", **{"data.batch_size": "262144"})

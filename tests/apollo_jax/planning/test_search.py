@@ -34,7 +34,11 @@ def test_neighbours_are_one_change_away():
     assert Layout((1, 16, 1, 1), "full", 32, 2048, 16) in found
     assert Layout((1, 16, 1, 1), "full", 128, 512, 4) in found
     assert all(math.prod(n.mesh) == 16 for n in found)
-    assert all(n.rows * n.length == 64 * 1024 and n.rows * n.clips == 64 * 8 for n in found)
+    assert replace(START, rows=32, accumulate=2) in found
+    assert START in search.neighbours(replace(START, rows=32, accumulate=2))
+    every = found + list(search.neighbours(replace(START, accumulate=4)))
+    assert {n.accumulate * n.rows * n.length // 2**16 for n in every} == {1, 4}
+    assert {n.accumulate * n.rows * n.clips // 2**9 for n in every} == {1, 4}
 
 
 def test_the_walk_ends_at_the_best_with_all_neighbours_explained():

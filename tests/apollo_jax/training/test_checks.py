@@ -84,14 +84,14 @@ def test_held_bytes_are_those_of_the_abstract_state(demo):
     state = build(demo, devices).abstract
     leaves = [*jax.tree.leaves(state), *state.params.values()]
     sizes = [math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves]
-    held = checks.held_bytes(state, gradients=True)
+    held = checks.held_bytes(state, state.params)
     assert checks.on_device(held, devices.shape) == sum(sizes)
 
 
 def test_what_cannot_fit_is_refused_with_what_does(demo):
     sizes = mesh(data=8)
     state = build(demo, sharding.make_mesh(sharding.MeshConfig())).abstract
-    needed = checks.on_device(checks.held_bytes(state, gradients=True), sizes)
+    needed = checks.on_device(checks.held_bytes(state, state.params), sizes)
     checks.memory(demo, state, sizes, limit=needed)
     with pytest.raises(
         ValueError, match="nearest that work: mesh data=4 tensor=2 or data=4 fsdp=2"
@@ -99,3 +99,24 @@ def test_what_cannot_fit_is_refused_with_what_does(demo):
         checks.memory(demo, state, sizes, limit=needed * 0.8)
     with pytest.raises(ValueError, match="no mesh over them works"):
         checks.memory(demo, state, sizes, limit=needed / 100)
+
+
+def test_gradients_of_microbatches_are_held_in_float32_with_a_clip_or_without(demo):
+    """Those of one batch in the dtype of the parameters, and only for a clip."""
+    state = build(demo, sharding.make_mesh(sharding.MeshConfig())).abstract
+    half = {n: jax.ShapeDtypeStruct(p.shape, "bfloat16") for n, p in state.params.items()}
+    state = state._replace(
+        params={n: p.update(sharding=state.step.sharding) for n, p in half.items()}
+    )
+
+    def held(**train):
+        changed = replace(demo, train=replace(demo.train, **train))
+        return sum(
+            p.size * p.dtype.itemsize for p in checks.gradients_held(changed, state).values()
+        )
+
+    assert held(accumulate=2) == held(batch_ramp=((0, 1), (9, 4))) == 2 * held() > 0
+    unclipped = replace(demo, optimizer=replace(demo.optimizer, clip_norm=0.0))
+    assert not checks.gradients_held(unclipped, state)
+    many = replace(unclipped, train=replace(demo.train, accumulate=2))
+    assert len(checks.gradients_held(many, state)) == len(state.params)
