@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -155,7 +156,9 @@ def uses(
 def shapes(config: layout.PartConfig) -> dict[str, Any]:
     """Our parameters of a part by dotted path, as shapes."""
     module = layout.RULES_BY_CONFIG[type(config)].MODEL
-    return parameters(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), **_FLOAT32)))
+    # nnx.eval_shape would look for the axes' names in the mesh of a run
+    split = jax.eval_shape(lambda: nnx.split(module(config, rngs=nnx.Rngs(0), **_FLOAT32)))
+    return parameters(nnx.merge(*split))
 
 
 _FLOAT32 = dict(dtype=np.float32, param_dtype=np.float32)

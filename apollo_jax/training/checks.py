@@ -37,7 +37,13 @@ def continues(experiment: Experiment, workdir: Path) -> bool:
     """
     if not run.is_run(workdir):
         return False
-    changes = differences(run.read_experiment(workdir), experiment)
+    refuse_changes(workdir, run.read_experiment(workdir), experiment)
+    return True
+
+
+def refuse_changes(workdir: Path, held: Any, experiment: Any) -> None:
+    """ValueError if the config that a run has and that of its continuation differ beyond FREE."""
+    changes = differences(held, experiment)
     wrong = [c for c in changes if not any(fnmatch.fnmatch(c.split(": ")[0], f) for f in FREE)]
     if wrong:
         lines = "\n  ".join(wrong)
@@ -46,7 +52,6 @@ def continues(experiment: Experiment, workdir: Path) -> bool:
             "continue it with the config it has, or start in another --workdir "
             f"(config.init_from={workdir} takes over the weights)"
         )
-    return True
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:

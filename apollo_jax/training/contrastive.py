@@ -30,7 +30,6 @@ from apollo_jax.config import (
     EvalConfig,
     OptimizerConfig,
     TrainConfig,
-    differences,
     from_dict,
     load_module,
     override,
@@ -38,7 +37,7 @@ from apollo_jax.config import (
 )
 from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import contrastive_loss, losses, ramp
+from apollo_jax.training import checks, contrastive_loss, losses, processes, ramp
 from apollo_jax.training import train as training
 from apollo_jax.training.boards import find_wandb
 from apollo_jax.training.goodput import Goodput
@@ -48,12 +47,14 @@ from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, make_optimizer, make_schedules
 from apollo_jax.training.optimizers import options
 from apollo_jax.training.state import (
+    Arrays,
+    TrainState,
     abstract_model,
     abstract_state,
-    create,
     random_weights,
 )
 from apollo_jax.training.step import Program, make_program
+from apollo_jax.training.weights import load_part, tower_parts
 from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig
 from data_pipeline.tokenizer import Tokenizer
@@ -71,6 +72,13 @@ class Rates:
 
 
 @dataclass(frozen=True)
+class TowerPaths:
+    """Published folders to start towers from, the others being random."""
+
+    towers: dict[str, str] = field(default_factory=dict)  # by their names in config.model.towers
+
+
+@dataclass(frozen=True)
 class Contrastive:
     """All that determines a contrastive run; `optimizer.learning_rates` is not read, `rates` is."""
 
@@ -83,6 +91,7 @@ class Contrastive:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    init_parts: TowerPaths = field(default_factory=TowerPaths)
     seed: int = 0
 
     def __post_init__(self):
@@ -103,6 +112,9 @@ def _problems(c: Contrastive) -> Iterator[str]:
     if c.train.lora.chosen() or c.train.ema_decay:
         yield "config.train.lora and config.train.ema_decay are of apollo-jax train alone"
     yield from options.rate_problems(c.optimizer.rate_rule, c.optimizer.base_batch)
+    if unknown := set(c.init_parts.towers) - set(c.model.towers):
+        known = ", ".join(c.model.towers)
+        yield f"config.init_parts.towers names {sorted(unknown)}; the model has {known}"
     if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
         yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
 
@@ -116,8 +128,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
     parser.add_argument("--workdir", required=True, type=Path)
+    processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
-    train(load(args.config, parse_overrides(rest)), args.workdir)
+    experiment = load(args.config, parse_overrides(rest))
+    if args.distributed:
+        processes.join(args.distributed, experiment)
+    with processes.parting():
+        train(experiment, args.workdir)
 
 
 def load(spec: str, overrides: dict[str, str] | None = None) -> Contrastive:
@@ -144,10 +161,15 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
         )
     sizes = experiment.train.ramp
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, sizes)
+    processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
+    console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         with goodput.during("checkpoint" if begun else "start"):
-            step, state, saved = _start(experiment, workdir if begun else None, program)
+            first = partial(initial_weights, experiment, program.abstract)
+            step, state, saved = training.start(
+                experiment, workdir if begun else None, program, first
+            )
         if saved is not None:
             resume(loader, saved, sizes, step)
         multihost_utils.sync_global_devices("all have seen what the folder held")
@@ -164,25 +186,21 @@ def _continues(experiment: Contrastive, workdir: Path) -> bool:
     if not run.is_run(workdir):
         return False
     held = from_dict(Contrastive, json.loads((workdir / run.CONFIG).read_text()))
-    if changes := differences(held, experiment):
-        lines = "\n  ".join(changes)
-        raise ValueError(f"{workdir} holds a run with another config (then -> now):\n  {lines}")
+    checks.refuse_changes(workdir, held, experiment)
     return True
 
 
-def _start(experiment: Contrastive, begun: Path | None, program: Program) -> tuple:
-    """(step, state, data iterator's state)."""
-    if begun is not None:
-        with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
-            found = checkpoints.restore(program.abstract)
-        if found is not None:
-            console.print(f"continuing {begun} after step {found[0]}")
-            return found
-    shapes = {**program.abstract.params, **program.abstract.frozen}
+def initial_weights(experiment: Contrastive, abstract: TrainState) -> tuple[Arrays, str]:
+    """The weights of step 0: random, but for towers from published folders; where they are from."""
+    shapes = {**abstract.params, **abstract.frozen}
+    parts = tower_parts(experiment.model.towers, experiment.init_parts.towers)
+    loaded = [load_part(prefix, path, config, shapes) for prefix, path, config in parts]
     weights = random_weights(experiment.model, experiment.train, shapes, experiment.seed)
+    for part in loaded:
+        weights |= part
+    origin = ", ".join(["random", *(f"{prefix} from {path}" for prefix, path, _ in parts)])
     trained = ", ".join(c for c, rate in asdict(experiment.rates).items() if rate > 0)
-    console.print(f"starting {experiment.name} from random weights; {trained} train")
-    return 0, create(weights, program.abstract, program.tx), None
+    return weights, f"{origin}; {trained} train"
 
 
 def build(experiment: Contrastive, mesh: Mesh) -> Program:

@@ -7,6 +7,7 @@ process 0's service; the others read them and end too, so that whoever started t
 again. What dies without a word is noticed by the missing heartbeat, or by a connection that closes.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import hashlib
@@ -24,8 +25,6 @@ from typing import Any, NoReturn
 import jax
 from jaxlib import version
 
-from apollo_jax.config import Experiment
-
 AGAIN = 75  # exit status of a process that lost the others: EX_TEMPFAIL, start all of them again
 _PARTING = 5.0  # seconds that one who failed waits whether all others failed too
 _LISTEN = 2.0  # seconds between two looks at what others had to say
@@ -34,8 +33,22 @@ _over = threading.Event()  # this process has come to its end, and knows why
 _OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads")
 
 
-def join(how: str, experiment: Experiment) -> None:
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """--distributed, as `join` takes it."""
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="auto",
+        default=os.environ.get("APOLLO_DISTRIBUTED"),
+        metavar="HOST:PORT,COUNT,INDEX",
+        help="this is one of many processes; found out by itself on TPU pods, GKE and SLURM",
+    )
+
+
+def join(how: str, experiment: Any) -> None:
     """Join the other processes of the run; `how` is "auto" or "HOST:PORT,COUNT,INDEX".
+
+    `experiment` is what all of them must have alike, a dataclass with a TrainConfig `train`.
 
     Raises ValueError if a process differs from process 0 (all of them raise it). If not all have
     come after `train.join_seconds` this process says so and exits with status AGAIN.
@@ -75,7 +88,7 @@ def _give_up(where: str, seconds: float) -> None:
     )
 
 
-def _facts(experiment: Experiment) -> dict[str, Any]:
+def _facts(experiment: Any) -> dict[str, Any]:
     """What must be the same in all processes."""
     return {
         "apollo-jax code": code_digest(),

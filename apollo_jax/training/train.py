@@ -3,10 +3,11 @@
 
 import argparse
 import contextlib
-import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, rates_by_batch
 from apollo_jax.training.profiling import Tracer
 from apollo_jax.training.rows import agree, place, share
-from apollo_jax.training.state import TrainState, create
+from apollo_jax.training.state import Arrays, TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
 from apollo_jax.training.throughput import Throughput, peak_seconds
 from apollo_jax.training.weights import initial_weights, located
@@ -52,14 +53,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE[:ARG]")
     parser.add_argument("--workdir", required=True, type=Path)
-    parser.add_argument(
-        "--distributed",
-        nargs="?",
-        const="auto",
-        default=os.environ.get("APOLLO_DISTRIBUTED"),
-        metavar="HOST:PORT,COUNT,INDEX",
-        help="this is one of many processes; found out by itself on TPU pods, GKE and SLURM",
-    )
+    processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
     experiment = load(args.config, parse_overrides(rest))
     if args.distributed:
@@ -94,7 +88,8 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         for line in rates_by_batch(experiment.optimizer, Batches(experiment.data.batch_size, ramp)):
             console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
-            step, state, saved = _start(experiment, workdir if begun else None, program)
+            first = partial(initial_weights, experiment, shapes)
+            step, state, saved = start(experiment, workdir if begun else None, program, first)
         if saved is not None:
             resume(loader, saved, ramp, step)
         multihost_utils.sync_global_devices("all have seen what the folder held")
@@ -245,18 +240,20 @@ def _judged(
     return found[1]._replace(step=jax.device_put(np.int32(step), like))
 
 
-def _start(
-    experiment: Experiment, begun: Path | None, program: Program
+def start(
+    experiment: Any, begun: Path | None, program: Program, first: Callable[[], tuple[Arrays, str]]
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
-    """(step, state, data iterator's state) of the latest checkpoint in `begun`, or at first."""
+    """(step, state, data iterator's state) of the latest checkpoint in `begun`, or at first.
+
+    `first` gives the weights then, and says where they are from.
+    """
     if begun is not None:
         with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
             found = checkpoints.restore(program.abstract)
         if found is not None:
             console.print(f"continuing {begun} after step {found[0]}")
             return found
-    shapes = {**program.abstract.params, **program.abstract.frozen}
-    weights, origin = initial_weights(experiment, shapes)
+    weights, origin = first()
     console.print(f"starting {experiment.name} with weights: {origin}", soft_wrap=True)
     return 0, create(weights, program.abstract, program.tx), None
 

@@ -75,7 +75,7 @@ def _without_updates(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, st
         return _from_run(path, experiment, shapes)
     if path:
         return _from_folder(path, experiment, shapes), path
-    loaded = [_load_part(prefix, path, config, shapes) for prefix, path, config in parts]
+    loaded = [load_part(prefix, path, config, shapes) for prefix, path, config in parts]
     weights = random_weights(experiment.model, experiment.train, shapes, experiment.seed)
     for part in loaded:
         weights |= part
@@ -114,19 +114,28 @@ def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
 def _parts(experiment: Experiment) -> Iterator[tuple[str, str, Any]]:
     """(prefix of its weights' names, path, config in the experiment) of each part given."""
     model, paths = experiment.model, experiment.init_parts
-    unknown = set(paths.towers) - set(model.towers)
-    if unknown:
-        known = ", ".join(model.towers)
+    yield from tower_parts(model.towers, paths.towers)
+    rest = [("connector/", paths.connector, model.connector), ("llm/", paths.llm, model.llm)]
+    yield from (part for part in rest if part[1] not in ("", REQUIRED))
+
+
+def tower_parts(towers: Mapping[str, Any], paths: Mapping[str, str]) -> list[tuple[str, str, Any]]:
+    """(prefix, path, config) of each tower that has a path. ValueError for an unknown tower."""
+    if unknown := set(paths) - set(towers):
+        known = ", ".join(towers)
         raise ValueError(f"config.init_parts.towers names {sorted(unknown)}; the model has {known}")
-    parts = [
-        (f"vision_tower/towers/{i}/", paths.towers.get(name, ""), tower)
-        for i, (name, tower) in enumerate(model.towers.items())
+    found = [
+        (f"vision_tower/towers/{i}/", paths.get(name, ""), tower)
+        for i, (name, tower) in enumerate(towers.items())
     ]
-    parts += [("connector/", paths.connector, model.connector), ("llm/", paths.llm, model.llm)]
-    return (part for part in parts if part[1] not in ("", REQUIRED))
+    return [part for part in found if part[1] not in ("", REQUIRED)]
 
 
-def _load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
+def load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
+    """The weights of a published folder, or of a contrastive run's tower, under `prefix`.
+
+    Raises ValueError or FileNotFoundError if it is not there or not the part in `config`.
+    """
     if run.is_pairs(path):
         checkpoint = open_tower(Path(path), config)
     else:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from apollo_jax.config import REQUIRED, OptimizerConfig, TrainConfig, to_config
 from apollo_jax.models import siglip, two_towers
-from apollo_jax.training.contrastive import Contrastive
+from apollo_jax.training.contrastive import Contrastive, TowerPaths
 from data_pipeline.loader import DataConfig, SourceConfig
 
 BATCHES = {"images": 32768, "videos": 8192}
@@ -52,6 +52,7 @@ def get_config(arg: str = "images") -> ConfigDict:
             model=model,
             data=data,
             train=TrainConfig(num_steps=100_000, remat="full"),
+            init_parts=TowerPaths(dict.fromkeys(model.towers, "")),  # random, as published
             optimizer=OptimizerConfig(b2=0.95, weight_decay=1e-4, warmup_ratio=0.1),
         )
     )
