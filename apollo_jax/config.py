@@ -123,6 +123,7 @@ class EvalConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     every: int = 0  # steps; 0 = never
     batches: int = 8
+    samples: int = 0  # that the model answers at every evaluation, see docs/seeing.md
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,8 @@ def _problems(e: Experiment) -> Iterator[str]:
             yield f"config.train.profile begins at step {first}, the run ends at {last}"
     except ValueError as error:
         yield f"config.train.profile: {error}"
+    if e.evaluation.samples and not e.evaluation.every:
+        yield "config.evaluation.samples are answered at evaluations: set config.evaluation.every"
     if e.evaluation.every and not e.evaluation.sources:
         yield "config.evaluation.every is set but config.evaluation.sources is empty"
 

@@ -108,6 +108,8 @@ def _problems(c: Contrastive) -> Iterator[str]:
     if c.data.frames_per_clip != c.model.frames_per_clip:
         count = c.model.frames_per_clip
         yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
+    if c.evaluation.samples:
+        yield "config.evaluation.samples is of apollo-jax train: towers answer nothing"
     yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
     if c.train.lora.chosen() or c.train.ema_decay:
         yield "config.train.lora and config.train.ema_decay are of apollo-jax train alone"

@@ -20,7 +20,7 @@ class ProgressLine:
 
     def __init__(self, console: Console, start: int, num_steps: int):
         self.console, self.num_steps = console, num_steps
-        self.began, self.began_step = time.perf_counter(), start
+        self.began: tuple[float, int] | None = None  # when, and after which step
         self.printed = 0.0
         self.bar: Progress | None = None
         if console.is_terminal:
@@ -36,12 +36,12 @@ class ProgressLine:
 
     def compiled(self, step: int) -> None:
         """The first step is over."""
-        self.began, self.began_step = time.perf_counter(), step
+        self.began = (time.perf_counter(), step)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Tell of the metrics of `step`."""
         last, now = step == self.num_steps, time.perf_counter()
-        words, left = _words(values), f"{self._left(step)} left"
+        words, left = _words(values), self._left(step)
         if self.bar is not None:
             self.bar.update(self.task, completed=step, description=words, left=left)
         elif last or now - self.printed >= PRINT_SECONDS:
@@ -49,9 +49,12 @@ class ProgressLine:
             line = f"step {step}/{self.num_steps}  {words}  {left}"
             self.console.print(line, soft_wrap=True, highlight=False)
 
-    def _left(self, step: int) -> datetime.timedelta:
-        took = (time.perf_counter() - self.began) / max(step - self.began_step, 1)
-        return datetime.timedelta(seconds=round((self.num_steps - step) * took))
+    def _left(self, step: int) -> str:
+        if self.began is None:
+            return "compiled"
+        since, first = self.began
+        took = (time.perf_counter() - since) / max(step - first, 1)
+        return f"{datetime.timedelta(seconds=round((self.num_steps - step) * took))} left"
 
     def close(self) -> None:
         """Leave the bar as it is and give the terminal back."""

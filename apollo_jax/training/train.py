@@ -23,6 +23,7 @@ from apollo_jax.checkpoints import manager
 from apollo_jax.config import Experiment, load, parse_overrides
 from apollo_jax.training import checks, processes, stages
 from apollo_jax.training.agreement import Feed
+from apollo_jax.training.answers import open_answers
 from apollo_jax.training.boards import find_wandb, open_boards
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
@@ -135,6 +136,7 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             boards=boards,
             throughput=Throughput(run.goodput, start, feed.mine.count, train.ramp, run.needs),
         )
+        answers = open_answers(run.experiment, run.workdir, run.mesh, start)
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         for resource in (log, checkpoints):
             stack.enter_context(contextlib.closing(resource))
@@ -157,6 +159,8 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
                 with during("evaluation"):
                     found = evaluate(run.experiment, run.mesh, run.program.eval_step, state)
                     boards.write(step, found)
+                    if answers is not None:
+                        answers.write(step, state, boards)
             if saves:
                 agree(feed.mine, feed.digest)
                 with during("checkpoint"):

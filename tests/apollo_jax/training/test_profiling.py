@@ -59,3 +59,16 @@ def test_nothing_is_traced_unasked(tmp_path):
 def test_other_texts_are_refused(text):
     with pytest.raises(ValueError, match="not START:COUNT"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"train.profile": "9:1"}, "profile begins at step 9, the run ends at 8"),
+        ({"train.profile": "soon"}, r"config\.train\.profile: 'soon' is not START:COUNT"),
+        ({"evaluation.samples": "2", "evaluation.every": "0"}, "set config.evaluation.every"),
+    ],
+)
+def test_a_config_that_would_show_nothing_is_refused(experiment, changes, said):
+    with pytest.raises(ValueError, match=said):
+        experiment(changes)
