@@ -20,13 +20,14 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check install --quiet
 WORKDIR ?= runs/demo
 WORKERS ?= 2
 
-.PHONY: help demo test check parity tpu format lock
+.PHONY: help demo test check parity tpu golden format lock
 help:
 	@echo 'make demo     build a video language model out of mp4 files and watch it answer'
 	@echo 'make test     the tests'
 	@echo 'make check    lint, formatting and types'
 	@echo 'make parity   the tests that compare with PyTorch (installs the torch extra)'
 	@echo 'make tpu      the tests that compile for TPUs, on any Linux machine (fetches libtpu)'
+	@echo 'make golden   record the golden curves anew (the commit says why they moved)'
 	@echo 'make format   let ruff mend what it can'
 	@echo 'make lock     resolve requirements/lock-*.txt again'
 
@@ -47,6 +48,9 @@ parity: $(VENV)/.torch
 # Where libtpu is on the path, jax looks for TPUs and complains: so it is kept apart.
 tpu: $(VENV)/libtpu/.installed
 	PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -m tpu $(ARGS)
+
+golden: $(VENV)/.installed
+	APOLLO_GOLDEN=record $(BIN)/python -m pytest tests/apollo_jax/training/test_golden.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix
