@@ -13,6 +13,10 @@ COMMANDS = {
     "data": ("apollo_jax.data", "check the data of an experiment before training, look at samples"),
     "train": ("apollo_jax.training.train", "train one stage, or continue it"),
     "contrastive": ("apollo_jax.training.contrastive", "pretrain encoders on clips and captions"),
+    "critical-batch": (
+        "apollo_jax.training.critical_batch",
+        "how large a batch may be from a checkpoint on, by forking the run",
+    ),
     "evaluate": ("apollo_jax.evaluation.evaluate", "score a checkpoint on a benchmark"),
     "generate": ("apollo_jax.inference.generate", "answer a question about a video"),
     "chat": ("apollo_jax.inference.chat", "talk about a video in the terminal"),
@@ -53,7 +57,7 @@ def run(command: str, arguments: list[str]) -> None:
 
 def usage() -> str:
     """The help text."""
-    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items()]
     head = "usage: apollo-jax COMMAND ...   (apollo-jax COMMAND --help says more)"
     return "\n".join([head, "", *lines, "", "--debug with any command: show tracebacks"])
 
