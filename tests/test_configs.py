@@ -23,6 +23,7 @@ def load(size: str, stage: str) -> config.Experiment:
 
 
 SHIPPED = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "apollo")  # what they share
+SHIPPED += sorted((CONFIGS / "large_batch").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -93,6 +94,20 @@ def test_a_stage_starts_from_the_one_before(size: str):
         assert not [name for name in unset_paths(after) if name.startswith("init")]
     whole = dataclasses.replace(first, init_from="start")  # as `convert --to orbax` wrote it
     assert not [name for name in unset_paths(whole) if name.startswith("init")]
+
+
+@pytest.mark.parametrize("name", ["lamb8", "muon8", "muon64", "muon64,v5p-128"])
+def test_large_batches_see_the_samples_of_the_published_one(name: str):
+    """In microbatches of its batch: a ramp from one to the size in the name, by doubling."""
+    large = config.load(f"{CONFIGS / 'large_batch' / 'apollo_7b_sft.py'}:{name}")
+    plain, ramp = load("7b", "sft"), large.train.ramp
+    assert large.data.batch_size == plain.data.batch_size == large.optimizer.base_batch
+    counts = [count for _, count in ramp.pieces]
+    assert counts == [2**i for i in range(len(counts))]
+    assert name.startswith(f"{large.optimizer.name}{counts[-1]}")
+    assert large.train.num_steps > ramp.pieces[-1][0] + 50
+    taken = ramp.before(large.train.num_steps)
+    assert plain.train.num_steps - counts[-1] < taken <= plain.train.num_steps
 
 
 # Trainable parameters in millions: the connector as released, the others as in Table 7.
