@@ -44,7 +44,12 @@ from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.noise_scale import NoiseScale
-from apollo_jax.training.optimizer import Batches, make_optimizer, make_schedules
+from apollo_jax.training.optimizer import (
+    Batches,
+    make_optimizer,
+    make_schedules,
+    rates_by_batch,
+)
 from apollo_jax.training.optimizers import options
 from apollo_jax.training.state import (
     Arrays,
@@ -167,6 +172,9 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
+        batches = Batches(experiment.data.batch_size, sizes)
+        for line in rates_by_batch(_rated(experiment), batches):
+            console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             first = partial(initial_weights, experiment, program.abstract)
             step, state, saved = training.start(
@@ -205,13 +213,16 @@ def initial_weights(experiment: Contrastive, abstract: TrainState) -> tuple[Arra
     return weights, f"{origin}; {trained} train"
 
 
+def _rated(experiment: Contrastive) -> OptimizerConfig:
+    return replace(experiment.optimizer, learning_rates=experiment.rates)  # pyright: ignore
+
+
 def build(experiment: Contrastive, mesh: Mesh) -> Program:
     """As `step.build`, with the loss of pairs."""
     config, rates = experiment.train, asdict(experiment.rates)
     trained = tuple(c for c, rate in rates.items() if rate > 0)
     graphdef, shapes = abstract_model(experiment.model, config, trained, mesh)
-    rated = replace(experiment.optimizer, learning_rates=experiment.rates)  # pyright: ignore
-    batches = Batches(experiment.data.batch_size, config.ramp)
+    rated, batches = _rated(experiment), Batches(experiment.data.batch_size, config.ramp)
     schedules = make_schedules(rated, config.num_steps, batches)
     tx = make_optimizer(rated, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=config.offload_optimizer)
