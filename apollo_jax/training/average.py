@@ -20,7 +20,9 @@ class AverageState(NamedTuple):
     ema: Arrays
 
 
-def with_average(tx: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+def with_average(
+    tx: optax.GradientTransformationExtraArgs, decay: float
+) -> optax.GradientTransformationExtraArgs:
     """`tx`, and after each update e = decay e + (1 - decay) p; e is p at first. 0 = `tx` alone."""
 
     def init(params: Any) -> AverageState:
@@ -35,7 +37,8 @@ def with_average(tx: optax.GradientTransformation, decay: float) -> optax.Gradie
 
     if not decay:
         return tx
-    return optax.chain(tx, optax.GradientTransformation(init, update))
+    chain = optax.chain(tx, optax.GradientTransformation(init, update))
+    return optax.with_extra_args_support(chain)
 
 
 def averaged(state: TrainState) -> TrainState:
