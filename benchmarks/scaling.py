@@ -50,14 +50,17 @@ device, as compiled; nothing was measured on a TPU.
 What grows, and why:
 
 - **State** (weights and moments) shrinks with `fsdp` until that is 128, and stays there.
-- **Temporaries** hardly move: they follow a chip's own row, which stays the same. What shrinks at
-  first are the gradients, cut like the weights.
-- **Sent along `fsdp`**: of n chips each sends (n - 1)/n of every weight that is gathered and of
-  every gradient that is scattered: it grows by a sixteenth from 16 chips to ever so many.
-- **Sent along `data`**: nothing without copies. From two copies on, the gradients of a chip's part
-  of the weights are summed over the copies: 2 (m - 1)/m of that part for m copies, so at most twice
-  a 128th of the gradients however many chips there are. That is all that crosses the data-centre
-  network between slices."""
+- **Temporaries** follow a chip's own row, which stays the same; what shrinks at first are the
+  gradients, cut like the weights.
+- **Sent along `fsdp`**: of n chips each sends (n - 1)/n of every weight that is gathered, and once
+  or twice that of every gradient that is summed (see sharding.md: choosing fsdp): 15/16 at 16
+  chips, all of it at ever so many.
+- **Sent along `data`**: nothing without copies; with m copies 2 (m - 1)/m of the gradients of a
+  chip's 128th of the weights, so it no longer grows from eight copies on. Of this the data-centre
+  network between slices carries 0.1 GiB a chip at most.
+- **Sent along both**: the gradient of the token table, in bfloat16, summed over all chips at once
+  (2 x 0.43 GiB); between slices it is summed within each first.
+- **The step** takes as long on 4,096 chips as on 16, within 3 %."""
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728")
 
 
@@ -93,6 +96,12 @@ def point(facts: Mapping[str, Any]) -> dict[str, Any]:
         "step_seconds": facts["bound"]["step_seconds"],
         "mfu_ceiling": facts["bound"]["mfu_ceiling"],
     }
+
+
+def by_chip(points: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The points by kind of chip, smallest slice first."""
+    found = {c: [points[t] for t in names if t in points] for c, names in TOPOLOGIES.items()}
+    return {chip: of_chip for chip, of_chip in found.items() if of_chip}
 
 
 def picture(points: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -177,10 +186,9 @@ def main() -> None:
     every = [t for names in TOPOLOGIES.values() for t in names if t in known]
     book = {"config": CONFIG, "versions": jobs.versions(), "points": [known[t] for t in every]}
     args.json.write_text(json.dumps(book, indent=1) + "\n")
-    by_chip = {c: [known[t] for t in names if t in known] for c, names in TOPOLOGIES.items()}
-    by_chip = {chip: found for chip, found in by_chip.items() if found}
-    (args.docs / "scaling.svg").write_text(picture(by_chip))
-    (args.docs / "scaling.md").write_text(page(by_chip))
+    found = by_chip(known)
+    (args.docs / "scaling.svg").write_text(picture(found))
+    (args.docs / "scaling.md").write_text(page(found))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 """The scaling benchmark's slices, page and picture; nothing is compiled."""
 
 import importlib.util
+import itertools
+import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -63,6 +65,20 @@ def test_page_and_picture(scaling):
     svg = ET.fromstring(scaling.picture({"v5e": [first, last]}))
     lines = [e for e in svg.iter() if e.tag.endswith("polyline")]
     assert len(lines) == len(scaling.CURVES)
-    (left, y), (right, same) = (map(float, p.split(",")) for p in lines[0].attrib["points"].split())
+    first, last = lines[0].attrib["points"].split()
+    (left, y), (right, same) = (map(float, point.split(",")) for point in (first, last))
     assert right > left
     assert y == same
+
+
+def test_what_is_committed_is_made_of_the_numbers(scaling):
+    points = json.loads((ROOT / "benchmarks/scaling.json").read_text())["points"]
+    found = scaling.by_chip({p["topology"]: p for p in points})
+    assert {chip: len(of_chip) for chip, of_chip in found.items()} == {"v5e": 5, "v5p": 5}
+    assert (ROOT / "docs/scaling.md").read_text() == scaling.page(found)
+    assert (ROOT / "docs/scaling.svg").read_text() == scaling.picture(found)
+    for of_chip in found.values():  # what the page says of them
+        steps = [p["step_seconds"] for p in of_chip]
+        assert max(steps) < 1.03 * min(steps)
+        assert all(p["state"] <= before["state"] for before, p in itertools.pairwise(of_chip))
+        assert max(p["sent"].get("data", 0) for p in of_chip) < 0.2 * 2**30
