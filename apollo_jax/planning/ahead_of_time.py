@@ -58,6 +58,7 @@ class Compiled:
     totals: hlo.Totals | None  # None if it did not fit
     buffers: list[Buffer] = field(default_factory=list)  # temporaries at the peak
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the process until then, its imports and tracing included
     note: str = ""  # what was asked of the compiler beyond the usual
 
     @property
@@ -119,6 +120,7 @@ def compile_step(experiment: Experiment, topology: Topology, code: bool = True) 
         memory=replace(larger.memory, code=step.memory.code + add.memory.code),
         totals=totals,
         seconds=step.seconds + add.seconds,
+        cpu_seconds=add.cpu_seconds,
         note=step.note or add.note,
     )
 
@@ -130,6 +132,7 @@ def _compiled(
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         compiled, too_large, note = _compile(lowered, folder, code)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time()
         module = Module(_optimised(folder))
         totals = compiled and hlo.totals(module, dict(mesh.shape), _rates(mesh, topology))
         return Compiled(
@@ -137,7 +140,8 @@ def _compiled(
             memory=_memory(held, compiled, too_large),
             totals=totals,
             buffers=at_peak(folder, module),
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
             note=note,
         )
 
