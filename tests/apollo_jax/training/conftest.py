@@ -2,6 +2,7 @@
 """A little world of shards and conversations, and the experiment that trains on it."""
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -127,3 +128,13 @@ def check_moments(stored_moments):
         assert clipped == pytest.approx(0.1 * min(1.0, whole), rel=1e-4)
 
     return check_moments
+
+
+@pytest.fixture(scope="module")
+def texts(world, tmp_path_factory) -> Path:
+    """A folder with the world's texts and tokenizer."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
+    shutil.copy(world / "tokenizer.model", folder)
+    return folder

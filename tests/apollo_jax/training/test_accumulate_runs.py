@@ -25,16 +25,6 @@ TOLERANCE = 1e-5  # relative, of losses whose sums are in another order
 
 
 @pytest.fixture(scope="module")
-def texts(world, tmp_path_factory) -> Path:
-    """A folder with the world's texts and tokenizer."""
-    folder = tmp_path_factory.mktemp("texts")
-    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
-    shutil.copy(world / "tokenizer.model", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def trained(texts, tmp_path_factory):
     """trained({"train.accumulate": "2"}[, folder]): the folder of such a run."""
 

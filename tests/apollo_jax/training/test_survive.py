@@ -54,16 +54,6 @@ TOLERANCE = 1e-5  # relative, of losses on another number of processes or device
 
 
 @pytest.fixture(scope="module")
-def texts(world, tmp_path_factory) -> Path:
-    """A folder with the world's texts and tokenizer."""
-    folder = tmp_path_factory.mktemp("texts")
-    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
-    shutil.copy(world / "tokenizer.model", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def whole(texts, tmp_path_factory) -> Path:
     """The folder of a run of one process that nothing befell; checkpoints of steps 2, 4, 6, 8."""
     workdir = tmp_path_factory.mktemp("whole")
