@@ -2,7 +2,12 @@
 """A little world of shards and conversations, and the experiment that trains on it."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,6 +17,7 @@ import pytest
 from apollo_jax import config
 from apollo_jax.checkpoints import run
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
+from apollo_jax.training.train import train
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.tokenizer import train_sentencepiece
@@ -19,6 +25,25 @@ from data_pipeline.tokenizer import train_sentencepiece
 TINY = Path(__file__).parent / "tiny.py"
 SMALL = Path(__file__).parent / "small.py"
 SPEC = ShardSpec(fps=2.0, size=32)
+ROOT = Path(__file__).parents[3]
+# Half of a process's start would be the import of torch, which a run has no use for.
+MAIN = """
+import sys; sys.modules['torch'] = None
+{first}
+from apollo_jax.__main__ import main; main()
+"""
+MISHAP = """
+import os, time
+from apollo_jax.training import train
+place, calls = train.place, []
+def mishap(*args):
+    calls.append(1)
+    if len(calls) == {nth}:
+        os.kill(os.getpid(), {number})
+        time.sleep(3)
+    return place(*args)
+train.place = mishap
+"""
 
 
 def _write_shards(folder: Path) -> None:
@@ -130,7 +155,7 @@ def check_moments(stored_moments):
     return check_moments
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def texts(world, tmp_path_factory) -> Path:
     """A folder with the world's texts and tokenizer."""
     folder = tmp_path_factory.mktemp("texts")
@@ -138,3 +163,104 @@ def texts(world, tmp_path_factory) -> Path:
     (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
     shutil.copy(world / "tokenizer.model", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_run(texts, tmp_path_factory) -> Path:
+    """The folder of a run of `small.py` that nothing befell; checkpoints of steps 2, 4, 6, 8."""
+    workdir = tmp_path_factory.mktemp("small")
+    assert train(config.load(f"{SMALL}:{texts}"), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def as_after():
+    """as_after(workdir, step, to): a copy of a run as it was after the checkpoint of `step`."""
+
+    def as_after(workdir: Path, step: int, to: Path) -> Path:
+        copy = shutil.copytree(workdir, to)
+        for folder in (copy / run.CHECKPOINTS).iterdir():
+            if int(folder.name) > step:
+                shutil.rmtree(folder)
+        return copy
+
+    return as_after
+
+
+@pytest.fixture
+def begun(small_run, as_after, tmp_path) -> Path:
+    """A copy of that run as it was after step 2."""
+    return as_after(small_run, 2, tmp_path / "run")
+
+
+class Company:
+    """Processes of one run that are started together, each on CPU devices of its own.
+
+    Args:
+      config: FILE[:ARG] of the run.
+      flags: of all of them; `own` are those of each.
+      alone: only the first of them is started.
+      first: lines of Python that a process runs before the command, by its number.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        workdir: Path,
+        count: int,
+        *flags: str,
+        command: str = "train",
+        devices: int = 1,
+        own: Sequence[Sequence[str]] = (),
+        roots: Sequence[Path] = (),
+        alone: bool = False,
+        first: Mapping[int, str] | None = None,
+        xla_flags: str = "",
+    ):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.all: list[subprocess.Popen] = []
+        for i in range(1 if alone else count):
+            root = roots[i] if roots else ROOT
+            main = MAIN.format(first=(first or {}).get(i, ""))
+            said = [sys.executable, "-c", main, command, "--config", config]
+            said += ["--workdir", str(workdir), *flags, *(own[i] if own else ())]
+            if count > 1:
+                said += ["--distributed", f"localhost:{port},{count},{i}"]
+            environ = {
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
+                "PYTHONPATH": str(root),
+            }
+            one = subprocess.Popen(
+                said,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=root,
+                env=os.environ | environ,
+            )
+            self.all.append(one)
+
+    def end(self) -> tuple[list[int], list[str]]:
+        """Exit statuses, and what each said with its lines joined."""
+        said = [" ".join(process.communicate(timeout=300)[0].split()) for process in self.all]
+        return [process.returncode for process in self.all], said
+
+
+@pytest.fixture(scope="session")
+def company() -> type[Company]:
+    return Company
+
+
+@pytest.fixture(scope="session")
+def mishap():
+    """mishap(signal, nth): what one of a company may run first.
+
+    It then sends itself the signal before it places its nth batch, while the others use theirs.
+    """
+
+    def mishap(number: int, nth: int) -> str:
+        return MISHAP.format(number=int(number), nth=nth)
+
+    return mishap

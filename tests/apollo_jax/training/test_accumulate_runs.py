@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs whose updates are made of microbatches: the same rows, resumed exactly, all records told."""
+"""Runs whose updates are made of microbatches: the same rows, resumed exactly, in processes too."""
 
-import contextlib
 import json
-import shutil
+import signal
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +14,9 @@ import pytest
 
 from apollo_jax.config import load
 from apollo_jax.training import accumulate, step
-from apollo_jax.training.rows import place
+from apollo_jax.training.processes import AGAIN
 from apollo_jax.training.step import batch_sums
 from apollo_jax.training.train import train
-from data_pipeline.loader import Loader
 
 SMALL = Path(__file__).parent / "small.py"
 STEPS = {"train.num_steps": "4", "train.checkpoint_every": "1"}
@@ -54,23 +53,14 @@ def test_it_is_the_run_with_twice_the_rows(twos, trained):
     assert len(expected) == 4
 
 
-def before(workdir: Path, step: int, to: Path) -> Path:
-    """A copy of a run as it was when it was killed after the checkpoint of `step`."""
-    copy = shutil.copytree(workdir, to)
-    for folder in (copy / "checkpoints").iterdir():
-        if int(folder.name) > step:
-            shutil.rmtree(folder)
-    return copy
-
-
-def test_resumed_it_goes_on_bit_for_bit(twos, trained, tmp_path):
-    copy = before(twos, 2, tmp_path / "copy")
+def test_resumed_it_goes_on_bit_for_bit(twos, trained, as_after, tmp_path):
+    copy = as_after(twos, 2, tmp_path / "copy")
     trained({"train.accumulate": "2"}, copy)
     names = ("loss", "accuracy", "grad_norm", "target_tokens")
     assert lines(copy, *names) == lines(twos, *names)
 
 
-def test_the_noise_scale_is_logged_and_resumed_exactly(twos, trained, tmp_path):
+def test_the_noise_scale_is_logged_and_resumed_exactly(twos, trained, as_after, tmp_path):
     """Beside the same losses; its running means are part of the checkpoint."""
     on = {"train.accumulate": "2", "train.noise_scale": "true"}
     whole = trained(on)
@@ -79,7 +69,7 @@ def test_the_noise_scale_is_logged_and_resumed_exactly(twos, trained, tmp_path):
     found = lines(whole, *names)
     assert found[0][1] == pytest.approx(found[0][3] / found[0][4], rel=1e-6)
     assert found[-1][1] != found[-1][3] / found[-1][4]
-    copy = before(whole, 2, tmp_path / "copy")
+    copy = as_after(whole, 2, tmp_path / "copy")
     trained(on, copy)
     assert lines(copy, *names) == found
 
@@ -100,16 +90,20 @@ def arrays(workdir: Path, step: int) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
-def test_a_ramp_is_its_runs_one_after_the_other(trained, monkeypatch, tmp_path, capsys):
-    """Two updates from one microbatch, then two from two, bit for bit; nothing compiles twice."""
-    names = ("loss", "accuracy", "grad_norm", "target_tokens", "learning_rate/llm")
-    rule = {"optimizer.rate_rule": "sqrt", "optimizer.base_batch": "8"}
-    ones = trained(rule)
-    parts = before(ones, 2, tmp_path / "parts")
-    with pytest.raises(ValueError, match=r"2 microbatches for its first 2 updates.* says 4; it"):
-        trained(rule | {"train.accumulate": "2"}, parts)
-    ramp = rule | {"train.batch_ramp": "0:1,2:2"}
-    trained(ramp, parts)
+RULE = {"optimizer.rate_rule": "sqrt", "optimizer.base_batch": "8"}
+RAMP = RULE | {"train.batch_ramp": "0:1,2:2"}
+
+
+class Ramped(NamedTuple):
+    """A run of two updates from one microbatch, then two from two."""
+
+    folder: Path
+    traced: list  # one for each time that a loss was
+    jitted: list
+
+
+@pytest.fixture(scope="module")
+def ramped(trained) -> Ramped:
     traced, jitted = [], []
 
     def counted(*args, **kwargs):
@@ -119,16 +113,30 @@ def test_a_ramp_is_its_runs_one_after_the_other(trained, monkeypatch, tmp_path, 
     def kept(make):
         return lambda *args: jitted.append(make(*args)) or jitted[-1]
 
-    monkeypatch.setattr(step, "batch_sums", counted)
-    monkeypatch.setattr(step, "make_update", kept(step.make_update))
-    monkeypatch.setattr(accumulate, "make_add", kept(accumulate.make_add))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "batch_sums", counted)
+        patch.setattr(step, "make_update", kept(step.make_update))
+        patch.setattr(accumulate, "make_add", kept(accumulate.make_add))
+        return Ramped(trained(RAMP), traced, jitted)
+
+
+def test_a_ramp_compiles_nothing_twice(ramped):
+    assert [one._cache_size() for one in ramped.jitted] == [2, 1]  # updates, what comes before
+    assert len(ramped.traced) == 3
+
+
+def test_a_ramp_is_its_runs_one_after_the_other(trained, ramped, as_after, tmp_path, capsys):
+    """Bit for bit, their batches and rates too."""
+    names = ("loss", "accuracy", "grad_norm", "target_tokens", "learning_rate/llm")
+    ones, whole = trained(RULE), ramped.folder
+    parts = as_after(ones, 2, tmp_path / "parts")
+    with pytest.raises(ValueError, match=r"2 microbatches for its first 2 updates.* says 4; it"):
+        trained(RULE | {"train.accumulate": "2"}, parts)
     capsys.readouterr()
-    whole = trained(ramp)
+    trained(RAMP, parts)
     said = capsys.readouterr().out
     assert "from update 0: 8 rows (1 x 8), peak rates llm 0.001 " in said
     assert "from update 2: 16 rows (2 x 8), peak rates llm 0.00141 = 1.41 x (sqrt, base 8)" in said
-    assert [one._cache_size() for one in jitted] == [2, 1]  # of updates and of what comes before
-    assert len(traced) == 3
     assert lines(whole, *names) == lines(parts, *names)
     assert lines(whole, *names)[:2] == lines(ones, *names)[:2]
     assert lines(whole, *names)[2:] != lines(ones, *names)[2:]
@@ -139,24 +147,43 @@ def test_a_ramp_is_its_runs_one_after_the_other(trained, monkeypatch, tmp_path, 
     assert seen[1] > lines(ones, "data/all/seen")[-1][1]
 
 
-def test_all_records_of_a_bad_update_are_told(texts, twos, trained, monkeypatch, tmp_path):
-    """The first of its microbatches has weights that are no numbers."""
-    calls = []
+@pytest.fixture(scope="module")
+def two(texts, company):
+    """two(workdir, first={}): exit statuses and words of two processes of the ramp."""
+    flags = [f"--config.{name}={value}" for name, value in (STEPS | RAMP).items()]
+    hurry = "--xla_backend_optimization_level=0"  # compiling is the work
 
-    def placed(rows, mesh):
-        calls.append(rows)
-        factor = np.float32(np.nan if len(calls) == 1 else 1)
-        return place(rows._replace(loss_weights=rows.loss_weights * factor), mesh)
+    def two(workdir: Path, **more) -> tuple[list[int], list[str]]:
+        return company(f"{SMALL}:{texts}", workdir, 2, *flags, xla_flags=hurry, **more).end()
 
-    monkeypatch.setattr("apollo_jax.training.train.place", placed)
-    copy = before(twos, 2, tmp_path / "copy")
-    trained({"train.accumulate": "2", "train.on_nonfinite": "skip"}, copy)
-    assert len(calls) == 4
-    (said,) = map(json.loads, (copy / "bad_steps.jsonl").read_text().splitlines())
-    assert said["step"] == 3
-    with contextlib.closing(Loader(load(f"{SMALL}:{texts}").data, num_steps=6)) as loader:
-        for _ in range(6):
-            next(loader)
-        assert said["records"] == loader.records(4) + loader.records(5) != []
-    assert lines(copy, "loss")[2] == (3, None)
-    assert lines(copy, "target_tokens")[3] == lines(twos, "target_tokens")[3]
+    return two
+
+
+@pytest.fixture(scope="module")
+def of_two(two, tmp_path_factory) -> Path:
+    """The folder of a run of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    statuses, said = two(folder)
+    assert statuses == [0, 0], said
+    return folder
+
+
+def test_two_processes_are_the_run_of_one(ramped, of_two):
+    names = ("loss", "grad_norm", "target_tokens", "learning_rate/llm", "data/all/seen")
+    expected = lines(ramped.folder, *names)
+    assert len(expected) == 4
+    np.testing.assert_allclose(lines(of_two, *names), expected, rtol=TOLERANCE)
+
+
+def test_killed_within_an_update_it_takes_it_again(of_two, two, as_after, mishap, tmp_path):
+    """One dies between the two microbatches of update 3; continued, both go on bit for bit."""
+    names = ("loss", "accuracy", "grad_norm", "target_tokens")
+    copy = as_after(of_two, 2, tmp_path / "copy")
+    statuses, said = two(copy, first={1: mishap(signal.SIGKILL, nth=2)})
+    assert statuses == [AGAIN, -signal.SIGKILL], said
+    assert "process 0 lost the others of the run and stops" in said[0]
+    assert [line[0] for line in lines(copy)] == [1, 2]
+    statuses, said = two(copy)
+    assert statuses == [0, 0], said
+    assert "after step 2" in said[0]
+    assert lines(copy, *names) == lines(of_two, *names)

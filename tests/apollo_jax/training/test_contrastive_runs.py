@@ -2,10 +2,6 @@
 """Contrastive runs of several processes, and those that begin with a published tower."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,34 +19,18 @@ from apollo_jax.training.state import flatten
 
 PAIRS = Path(__file__).parent / "pairs.py"
 PUBLISHED = Path(__file__).parents[2] / "fixtures" / "apollo-tiny-a" / "checkpoint"
-ROOT = Path(__file__).parents[3]
-# Half of a process's start would be the import of torch, which a run has no use for.
-MAIN = "import sys; sys.modules['torch'] = None; from apollo_jax.__main__ import main; main()"
 
 
-def two(world: Path, workdir: Path, *last: str) -> tuple[list[int], list[str]]:
-    """Exit statuses and words of two processes with one device each; flags of the last one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-c", MAIN, "contrastive", "--config", f"{PAIRS}:{world}"]
-    environ = {  # compiling is the work: a hurried compiler
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
-    }
-    both = [
-        subprocess.Popen(
-            [*command, "--workdir", str(workdir), "--distributed", f"localhost:{port},2,{i}", *own],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | environ,
-        )
-        for i, own in enumerate([(), last])
-    ]
-    said = [" ".join(process.communicate(timeout=300)[0].split()) for process in both]
-    return [process.returncode for process in both], said
+@pytest.fixture
+def two(world, company):
+    """two(workdir, *last): exit statuses and words of two processes; flags of the last one."""
+
+    def two(workdir: Path, *last: str) -> tuple[list[int], list[str]]:
+        hurry = "--xla_backend_optimization_level=0"  # compiling is the work
+        both = {"command": "contrastive", "own": [(), last], "xla_flags": hurry}
+        return company(f"{PAIRS}:{world}", workdir, 2, **both).end()
+
+    return two
 
 
 def losses(workdir: Path) -> list[tuple]:
@@ -58,8 +38,8 @@ def losses(workdir: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["accuracy"], line["grad_norm"]) for line in lines]
 
 
-def test_two_processes_are_the_run_of_one(world, tmp_path):
-    statuses, said = two(world, tmp_path / "two")
+def test_two_processes_are_the_run_of_one(world, two, tmp_path):
+    statuses, said = two(tmp_path / "two")
     assert statuses == [0, 0], said
     assert "trained, 3 of 3 steps" in said[0]
     assert "trained, 3 of 3 steps" not in said[1]  # process 0 speaks for both
@@ -69,8 +49,8 @@ def test_two_processes_are_the_run_of_one(world, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
 
 
-def test_another_loss_of_one_process_is_refused_by_name(world, tmp_path):
-    statuses, said = two(world, tmp_path / "run", "--config.loss=softmax")
+def test_another_loss_of_one_process_is_refused_by_name(two, tmp_path):
+    statuses, said = two(tmp_path / "run", "--config.loss=softmax")
     assert statuses == [2, 2], said
     for text in said:
         assert "config.loss is 'softmax', process 0 has 'sigmoid'" in text

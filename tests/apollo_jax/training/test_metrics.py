@@ -83,6 +83,23 @@ def test_a_loss_that_is_no_number_is_null_where_the_run_goes_on(log, tmp_path):
     assert not (tmp_path / BAD_STEPS).read_text()
 
 
+def test_steps_that_are_taken_back_are_in_no_loss_by_group(log, tmp_path):
+    """Of the four steps of a line the second is bad; the third was under way when that was seen."""
+    guard = Guard(TrainConfig(5, on_nonfinite="rewind"), tmp_path)
+    log = log(start=0, num_steps=4, every=4, sources=("web",), guard=guard)
+    losses = (2.0, float("nan"), float("nan"), 5.0)
+    for step, loss in enumerate(losses, 1):
+        sums = np.zeros((3, 2), np.float32)
+        sums[0] = (loss, 1.0)
+        log.push(step, metrics(loss) | {"by_group": jnp.asarray(sums)}, STATS, waited=0.0)
+        if guard.rewind:  # as the loop does
+            log.judged, guard.rewind = step, False
+    log.flush()
+    (line,) = lines(tmp_path)
+    assert (line["loss/modality/text"], line["target_tokens/modality/text"]) == (3.5, 2.0)
+    assert line["bad_steps"] == 1
+
+
 def test_bad_records_are_named_and_counted(log, tmp_path, capsys):
     log = log(start=0, num_steps=1, every=1, sources=("web", "ours"))
     bad = (("clip-7", "cut off"), ("clip-[9]", "empty"))

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -73,15 +71,16 @@ def test_says_by_which_names_it_went(whole):
     assert trace.match("profile/plugins/profile/*/*.xplane.pb")
 
 
-def start(world: Path, workdir: Path, *flags: str, devices: int = 8) -> subprocess.Popen:
-    command = [sys.executable, "-m", "apollo_jax", "train", "--config", f"{TINY}:{world}"]
-    return subprocess.Popen(
-        [*command, "--workdir", str(workdir), *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
-    )
+@pytest.fixture(scope="module")
+def start(world, company):
+    """start(workdir, ..): processes of the run on eight devices; the flag `last` is the last's."""
+
+    def start(workdir: Path, *flags: str, count: int = 1, last: str = ""):
+        flags = ("--config.evaluation.every=0",) * (count > 1) + flags
+        own = [*[()] * (count - 1), (last,) * bool(last)]
+        return company(f"{TINY}:{world}", workdir, count, *flags, own=own, devices=8 // count)
+
+    return start
 
 
 def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
@@ -92,12 +91,12 @@ def wait_for_step(process: subprocess.Popen, workdir: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def test_killed_and_terminated_it_continues_bit_for_bit(world, whole, experiment, tmp_path):
-    first = start(world, tmp_path)
+def test_killed_and_terminated_it_continues_bit_for_bit(start, whole, experiment, tmp_path):
+    (first,) = start(tmp_path).all
     wait_for_step(first, tmp_path, 4)  # one step after the first checkpoint, or while it is written
     first.kill()
     first.communicate()
-    second = start(world, tmp_path)
+    (second,) = start(tmp_path).all
     wait_for_step(second, tmp_path, 5)
     second.send_signal(signal.SIGTERM)
     said, _ = second.communicate()
@@ -117,21 +116,6 @@ def test_goes_back_to_the_last_whole_checkpoint(whole, experiment, tmp_path, cap
     assert losses(copy) == losses(whole)
 
 
-def start_all(
-    world: Path, workdir: Path, *flags: str, count: int = 2, last: str = ""
-) -> list[subprocess.Popen]:
-    """The processes of a run on eight devices; the flag `last` is the last one's alone."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = ("--config.evaluation.every=0", *flags, "--distributed")
-    own = [*[[]] * (count - 1), [last] * bool(last)]
-    return [
-        start(world, workdir, *flags, f"localhost:{port},{count},{i}", *own[i], devices=8 // count)
-        for i in range(count)
-    ]
-
-
 @pytest.mark.parametrize(
     ("count", "mesh"),
     [
@@ -141,56 +125,58 @@ def start_all(
     ],
     ids=str,
 )
-def test_processes_continue_the_run_of_one(world, whole, tmp_path, count, mesh):
+def test_processes_continue_the_run_of_one(start, whole, tmp_path, count, mesh):
     copy = shutil.copytree(whole, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / "00000008")
     flags = [f"--config.mesh.{axis}={value}" for axis, value in mesh.items()]
-    processes = start_all(world, copy, *flags, count=count)
-    said = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, said
+    statuses, said = start(copy, *flags, count=count).end()
+    assert statuses == [0] * count, said
     expected = [line[:2] for line in losses(whole) if line[0] > 6 and line[1]]
     found = [line[:2] for line in losses(copy) if line[0] > 6]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert sorted(os.listdir(copy / "checkpoints")) == ["00000006", "00000008"]
 
 
-def test_bad_data_of_one_process_stop_both_with_the_same_message(world, tmp_path):
+@pytest.fixture
+def damaged(world, tmp_path) -> Path:
+    """The shards of the world, with no picture in them that can be decoded."""
     shards = shutil.copytree(world / "shards", tmp_path / "shards")
     for file in shards.glob("*.array_record"):
         file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"---"))
-    both = start_all(world, tmp_path / "run", last=f"--config.data.frames={shards}")
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said
+    return shards
+
+
+def test_bad_data_of_one_process_stop_both_with_the_same_message(start, damaged, tmp_path):
+    both = start(tmp_path / "run", count=2, last=f"--config.data.frames={damaged}")
+    statuses, said = both.end()
+    assert statuses == [2, 2], said
     stopped = [text[text.index(" samples could not be read") :] for text in said]
     assert stopped[0] == stopped[1]
-    assert "max_bad_share=0.01; the latest:\nprocess 1: v" in stopped[0]
+    assert "max_bad_share=0.01; the latest: process 1: v" in stopped[0]
     assert "bad record" in said[1]
     assert "bad record" not in said[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_processes_that_share_rows_must_read_the_same(world, tmp_path):
+def test_processes_that_share_rows_must_read_the_same(start, damaged, tmp_path):
     """Of one process a video cannot be decoded: it is masked there and not in the other."""
-    shards = shutil.copytree(world / "shards", tmp_path / "shards")
-    for file in shards.glob("*.array_record"):
-        file.write_bytes(file.read_bytes().replace(b"\xff\xd8\xff", b"---"))
     flags = ("--config.mesh.data=1", "--config.mesh.context=8", "--config.data.max_bad_share=1")
-    last = f"--config.data.frames={shards}"
-    both = start_all(world, tmp_path / "run", *flags, last=last)
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said
+    last = f"--config.data.frames={damaged}"
+    both = start(tmp_path / "run", *flags, count=2, last=last)
+    statuses, said = both.end()
+    assert statuses == [2, 2], said
     for text in said:
         assert "processes 0, 1 hold parts of the same rows but have read different" in text
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_data_that_one_process_cannot_open_stop_both(world, tmp_path):
+def test_data_that_one_process_cannot_open_stop_both(start, tmp_path):
     path = tmp_path / "none.jsonl"
-    both = start_all(world, tmp_path / "run", last=f"--config.data.sources.all.path={path}")
-    said = [process.communicate(timeout=300)[0] for process in both]
-    assert [process.returncode for process in both] == [2, 2], said
+    both = start(tmp_path / "run", count=2, last=f"--config.data.sources.all.path={path}")
+    statuses, said = both.end()
+    assert statuses == [2, 2], said
     for text in said:
-        assert f"process 1: annotation file {path} does not exist" in " ".join(text.split())
+        assert f"process 1: annotation file {path} does not exist" in text
     assert not (tmp_path / "run").exists()
 
 
