@@ -7,9 +7,10 @@ Both compile the whole step (forward, backward, clip, AdamW) of the same decoder
 and the same slice: bfloat16 arithmetic, float32 parameters and moments, everything sharded over all
 chips. Ours is the step that `apollo-jax train` runs, on a batch without clips. MaxText's is its own
 command `train_compile` with its own defaults (full rematerialisation, splash attention), run by an
-interpreter that has it installed: `pip install 'maxtext[tpu]'`, Python 3.12. Without one, the
-figures in REFERENCE stand in where they are of the same shape. What a step costs in Python is the
-matter of step_overhead.py.
+interpreter that has it installed: `pip install 'maxtext[tpu]'`, Python 3.12. It brings a compiler
+of its own, and compilers differ: for one compiler, `pip install -e .` there too, and run this file
+with that interpreter. Without one, the figures in REFERENCE stand in where they are of the same
+shape. What a step costs in Python is the matter of step_overhead.py.
 
     args, temp   GiB per chip, as the compiler reports them
     TFLOP        of the products and kernels that run, per chip and step (see planning/hlo.py); of
@@ -27,6 +28,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from apollo_jax.planning.topology import SLICES, parse, use_compiler_only
 from data_pipeline.loader import DataConfig, SourceConfig
 
 _GIB = 2**30
+_NAMES = 24  # width of the table's first column
 MODELS = {
     "qwen2.5-7b": qwen2.Config.qwen2p5_7b(),
     "qwen2.5-1.5b": qwen2.Config.qwen2p5_1p5b(),
@@ -121,6 +124,7 @@ def maxtext(python: Path, shape: Shape) -> Result:
             "max_target_length": shape.tokens,
             "run_name": "compile",
             "base_output_directory": folder,
+            "jax_cache_dir": f"{folder}/cache",  # its default would remember the run before
             "dataset_type": "synthetic",
             "hardware": "cpu",
             "enable_checkpointing": "false",
@@ -136,6 +140,12 @@ def maxtext(python: Path, shape: Shape) -> Result:
         int(re.findall(rf"\b{kind}_size_in_bytes=(\d+)", said)[-1]) for kind in ("argument", "temp")
     )
     return Result(argument / _GIB, temporary / _GIB, None, seconds)
+
+
+def libtpu_of(python: Path) -> str:
+    """The version of the compiler that this interpreter has."""
+    code = "import importlib.metadata; print(importlib.metadata.version('libtpu'))"
+    return _say([python, "-c", code]).strip()
 
 
 def _say(command: list[Any]) -> str:
@@ -163,7 +173,8 @@ def row(name: str, found: Result, peer: Result | None) -> str:
     pairs = [(a, getattr(peer, k, None)) for k, a in asdict(found).items()]
     cells = ["-" if a is None else f"{a:.2f}" for a, _ in pairs]
     ratios = [f"{a / b:.2f}x" if a and b else "-" for a, b in pairs]
-    return f"{name:<18}" + "".join(f"{c:>10}{r:>8}" for c, r in zip(cells, ratios, strict=True))
+    columns = zip(cells, ratios, strict=True)
+    return f"{name:<{_NAMES}}" + "".join(f"{c:>10}{r:>8}" for c, r in columns)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -180,10 +191,12 @@ def main(argv: list[str] | None = None) -> None:
     shape = Shape(args.model, args.topology, args.tokens, args.layers)
     peer = maxtext(args.maxtext, shape) if args.maxtext else REFERENCE.get(shape)
     columns = ("args GiB", "temp GiB", "TFLOP", "CPU-s")
-    print(f"{'':<18}" + "".join(f"{c:>10}{'':>8}" for c in columns))
-    found: dict[str, Any] = {"shape": asdict(shape)}
+    own = metadata.version("libtpu")
+    print(f"{'libtpu ' + own:<{_NAMES}}" + "".join(f"{c:>10}{'':>8}" for c in columns))
+    found: dict[str, Any] = {"shape": asdict(shape), "libtpu": own}
     if peer:
-        print(row("MaxText" if args.maxtext else "MaxText, reference", peer, None), flush=True)
+        theirs = f"libtpu {libtpu_of(args.maxtext)}" if args.maxtext else "reference"
+        print(row(f"MaxText, {theirs}", peer, None), flush=True)
         found["maxtext"] = asdict(peer)
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, max_tasks_per_child=1) as processes:
