@@ -85,6 +85,7 @@ class TrainConfig:
     # Instead: (first update, microbatches from there on), from 0 on: 0:1,1000:2,5000:8
     batch_ramp: tuple[tuple[int, int], ...] = ()
     noise_scale: bool = False  # estimate it from the microbatches of an update
+    noise_scale_norms: bool = False  # and by modality from its rows, by the decoder's norms
     dtype: DType = "bfloat16"  # of the computation
     param_dtype: DType = "float32"  # of what trains, and of its optimizer moments
     frozen_dtype: DType = "bfloat16"  # of what does not train
@@ -197,6 +198,17 @@ def _problems(e: Experiment) -> Iterator[str]:
     if e.train.loss_skip_below and e.train.loss_cut != "vocabulary":
         yield "config.train.loss_skip_below skips blocks: it needs config.train.loss_cut=vocabulary"
     yield from ramp.problems(e.train.accumulate, e.train.batch_ramp, e.train.noise_scale)
+    if e.train.noise_scale_norms:
+        if not e.optimizer.learning_rates.llm or e.train.lora.llm.rank:
+            yield (
+                "config.train.noise_scale_norms reads the gradients of the decoder's norms, which "
+                "do not train here: take config.train.noise_scale"
+            )
+        if e.data.batch_size * e.train.ramp.most < 2:
+            yield (
+                "config.train.noise_scale_norms compares the rows of an update, which has only one "
+                "here: set config.data.batch_size or config.train.accumulate to 2 or more"
+            )
     yield from options.rate_problems(e.optimizer.rate_rule, e.optimizer.base_batch)
     positive = ("num_steps", "log_every", "checkpoint_every", "keep")
     for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
 from apollo_jax.models import connectors, internvideo2, pixels, qwen2, siglip
+from apollo_jax.models.pieces import Pieces
 from apollo_jax.models.vision_tower import TowerConfig, VisionTower, common_grid
 from apollo_jax.sharding import constrain
 
@@ -192,15 +193,20 @@ class Apollo(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         remat: str = "none",
         zigzag: bool = False,
+        pieces: Pieces | None = None,
     ) -> Float[Array, "B L D"]:
-        """The decoder's last normed states, before the head.
-
-        `zigzag` says that positions are in the order of ring attention.
-        """
+        """The decoder's last normed states, before the head; `zigzag`, `pieces`: see Qwen2."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = constrain(self.splice(tokens, visual_tokens, visual_index), "batch", "length", None)
-        x, _ = self.llm(x, positions=positions, segment_ids=segment_ids, remat=remat, zigzag=zigzag)
+        x, _ = self.llm(
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            remat=remat,
+            zigzag=zigzag,
+            pieces=pieces,
+        )
         return x
 
     def __call__(

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from apollo_jax import sharding
+from apollo_jax.models.pieces import gained
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype)
 
@@ -136,10 +137,18 @@ class RMSNorm(nnx.Module):
         self.scale = param((dim,), ("norm",), nnx.initializers.ones, dtype=param_dtype, rngs=rngs)
         self.eps, self.dtype = eps, dtype
 
-    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+    def __call__(
+        self,
+        x: Float[Array, "*b D"],
+        index: Int[Array, "B L"] | None = None,
+        probe: Float[Array, "B P D"] | None = None,
+    ) -> Float[Array, "*b D"]:
+        """Given `index` and `probe`, gradients of the scale are told by piece: see pieces.py."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * scale if index is None or probe is None else gained(y, scale, index, probe)
+        return y.astype(self.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], M], depth: int, rngs: nnx.Rngs) -> M:

@@ -2,7 +2,7 @@
 """Qwen2 / Qwen2.5 / Qwen1.5 decoder (arXiv 2407.10671): GQA, RoPE, SwiGLU, tied or untied head.
 
 B batch, L new tokens, S cached positions, D stream, N query heads, K key/value heads, H head dim,
-V vocabulary, Y layers.
+V vocabulary, Y layers, P pieces of a row (see pieces.py).
 """
 
 from dataclasses import dataclass, replace
@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax.models import layers
 from apollo_jax.models.attention import Causal, attention
+from apollo_jax.models.pieces import Pieces
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def norms(self) -> int:
+        """How many norms there are, of `hidden_size` gains each."""
+        return 2 * self.num_hidden_layers + 1
 
     @classmethod
     def qwen2p5_0p5b(cls) -> "Config":
@@ -181,11 +187,14 @@ class Block(nnx.Module):
         x: Float[Array, "B L D"],
         rope: tuple[Float[Array, "B L 1 H"], Float[Array, "B L 1 H"]],
         mask: Causal | Bool[Array, "B L S+L"],
+        index: Int[Array, "B L"] | None = None,
         past_k: Float[Array, "B S K H"] | None = None,
         past_v: Float[Array, "B S K H"] | None = None,
+        probe1: Float[Array, "B P D"] | None = None,
+        probe2: Float[Array, "B P D"] | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
         b, length, _ = x.shape
-        h = self.norm1(x)
+        h = self.norm1(x, index, probe1)
         q = rotate(self.q(h).reshape(b, length, self.heads, -1), *rope)
         k = rotate(self.k(h).reshape(b, length, self.kv_heads, -1), *rope)
         v = self.v(h).reshape(b, length, self.kv_heads, -1)
@@ -193,7 +202,7 @@ class Block(nnx.Module):
         values = v if past_v is None else jnp.concatenate([past_v, v], axis=1)
         seen = attention(q, keys, values, mask, axes=("batch", "heads"))
         x = x + self.out(seen.reshape(b, length, -1))
-        h = self.norm2(x)
+        h = self.norm2(x, index, probe2)
         x = x + self.down(jax.nn.silu(self.gate(h)) * self.up(h))
         return x, (k, v)
 
@@ -242,15 +251,17 @@ class Qwen2(nnx.Module):
         cache: KVCache | None = None,
         remat: str = "none",
         zigzag: bool = False,
+        pieces: Pieces | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple[Array, Array]]:
         """Causal decoding within segments; with a cache, the new tokens follow the cached ones.
 
-        `zigzag` says that positions are in the order of ring attention.
+        `zigzag` says that positions are in the order of ring attention. `pieces` ask for gradients
+        of the norms' gains: those of all first norms, of all second ones, of the last norm.
 
         Returns the hidden states and the new keys and values [Y, B, L, K, H] (see `append`).
         """
         rope = rope_tables(positions, self.head_dim, self.rope_theta, self.dtype)
-        mask, past = Causal(segment_ids, zigzag), ()
+        mask, per_layer = Causal(segment_ids, zigzag), ()
         if cache is not None:
             slots = jnp.arange(cache.k.shape[2])
             seen = slots[None, None] < cache.length[:, None, None]
@@ -258,11 +269,23 @@ class Qwen2(nnx.Module):
             among = mask.dense(x.shape[1])  # the new tokens
             among = jnp.broadcast_to(among, (x.shape[0], *among.shape[1:]))
             mask = jnp.concatenate([seen, among], axis=-1)
-            past = (cache.k, cache.v)
+            per_layer = (cache.k, cache.v)
+        index = probe = None
+        if pieces is not None:
+            index, depth = pieces.index, self.config.num_hidden_layers
+            first, second, (probe,) = jnp.split(pieces.probe, (depth, 2 * depth))
+            per_layer = (None, None, first, second)
         x, new = layers.fold(
-            self.layers, x, rope, mask, per_layer=past, axes=("batch", "length"), remat=remat
+            self.layers,
+            x,
+            rope,
+            mask,
+            index,
+            per_layer=per_layer,
+            axes=("batch", "length"),
+            remat=remat,
         )
-        return self.norm(x), new
+        return self.norm(x, index, probe), new
 
 
 def append(cache: KVCache, new: tuple[Array, Array], length: Int[Array, " B"]) -> KVCache:

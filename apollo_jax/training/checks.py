@@ -26,7 +26,7 @@ FREE = (
     "data.sources.*.path", "data.sources.*.data_dir", "data.sizes", "data.layout",
     "train.on_nonfinite", "train.spike_factor", "train.max_bad_steps", "train.join_seconds",
     "train.heartbeat_seconds", "train.accumulate", "train.batch_ramp",  # see loading.resume
-    "train.noise_scale", "train.profile", "train.wandb",
+    "train.noise_scale", "train.noise_scale_norms", "train.profile", "train.wandb",
 )  # fmt: skip
 
 

@@ -118,6 +118,11 @@ def _problems(c: Contrastive) -> Iterator[str]:
     yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
     if c.train.lora.chosen() or c.train.ema_decay:
         yield "config.train.lora and config.train.ema_decay are of apollo-jax train alone"
+    if c.train.noise_scale_norms:
+        yield (
+            "config.train.noise_scale_norms reads the norms of a decoder, and there is none here: "
+            "take config.train.noise_scale"
+        )
     yield from options.rate_problems(c.optimizer.rate_rule, c.optimizer.base_batch)
     if unknown := set(c.init_parts.towers) - set(c.model.towers):
         known = ", ".join(c.model.towers)

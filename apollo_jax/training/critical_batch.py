@@ -123,6 +123,7 @@ def forked(
         accumulate=1,
         batch_ramp=(*before(e, step), (step, microbatches)),
         noise_scale=False,
+        noise_scale_norms=False,
         log_every=1,
         checkpoint_every=max(1, window // microbatches // 4),
         keep=1,

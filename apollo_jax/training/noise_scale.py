@@ -64,13 +64,28 @@ def estimates(spread: Spread, grads: Arrays, weight: jax.Array) -> dict[str, jax
       grads: of the sum of the loss over all microbatches.
       weight: of all of them.
     """
-    found, degrees = {}, jnp.where(spread.count > 1, spread.count - 1, jnp.nan)
-    for part, sums in squares_of(grads).items():
-        square = sums / jnp.square(weight)
-        variance = (spread.squares[part] - weight * square) / degrees
-        found[_named(VARIANCE, part)] = variance
-        found[_named(SIGNAL, part)] = square - variance / weight
+    found = {}
+    for part, square in squares_of(grads).items():
+        variance, signal = estimate(spread.squares[part], spread.count, square, weight)
+        found |= {_named(VARIANCE, part): variance, _named(SIGNAL, part): signal}
     return found
+
+
+def estimate(
+    squares: jax.Array, count: jax.Array, square: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(variance, signal), NaN if n < 2.
+
+    Args:
+      squares: sum of w_i |g_i|^2.
+      count: n.
+      square: of the gradient of the sum of the loss, W^2 |G|^2.
+      weight: W.
+    """
+    square = square / jnp.square(weight)
+    degrees = jnp.where(count > 1, count - 1, jnp.nan)
+    variance = (squares - weight * square) / degrees
+    return variance, square - variance / weight
 
 
 def _named(what: str, part: str) -> str:
@@ -78,33 +93,36 @@ def _named(what: str, part: str) -> str:
 
 
 class NoiseScale:
-    """Running means of what the updates estimate. The same in all processes: what it sees is."""
+    """Running means of what the updates estimate, of each part where they have it.
+
+    The same in all processes: what it sees is.
+    """
 
     def __init__(self, state: Mapping[str, Any] | None = None, decay: float = DECAY):
         self.decay = decay
         self.means: dict[str, float] = dict(state["means"]) if state else {}
-        self.updates: int = state["updates"] if state else 0
 
     def state(self) -> dict[str, Any]:
         """JSON-able: what a continued run must know to go on as this one would have."""
-        return {"means": self.means, "updates": self.updates}
+        return {"means": self.means}
 
     def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Take an update's estimates, if it has any; its metrics with the noise scales beside them.
 
-        Estimates that are no numbers change nothing.
+        A part whose estimates are no numbers (one microbatch, no video in the rows) stays as it is.
         """
         new = {name: v for name, v in metrics.items() if name.startswith((VARIANCE, SIGNAL))}
         new = {name: float(value) for name, value in jax.device_get(new).items()}
-        if new and all(map(math.isfinite, new.values())):
-            self.updates += 1
-            for name, value in new.items():
-                old = self.means.get(name, 0.0)
-                self.means[name] = self.decay * old + (1 - self.decay) * value
+        for variance in (name for name in new if name.startswith(VARIANCE)):
+            both = variance, variance.replace(VARIANCE, SIGNAL, 1)
+            if all(math.isfinite(new[name]) for name in both):
+                for name in both:
+                    old = self.means.get(name, 0.0)
+                    self.means[name] = self.decay * old + (1 - self.decay) * new[name]
         return {**metrics, **(self.ratios() if new else {})}
 
     def ratios(self) -> dict[str, float]:
-        """`noise_scale` and `noise_scale/COMPONENT`; NaN where there is no signal (yet)."""
+        """`noise_scale` and `noise_scale/PART`; NaN where there is no signal (yet)."""
         found = {}
         for name, variance in self.means.items():
             if name.startswith(VARIANCE):

@@ -19,7 +19,8 @@ from apollo_jax import sharding
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
-from apollo_jax.training import accumulate, losses, noise_scale, stages
+from apollo_jax.models.pieces import Pieces
+from apollo_jax.training import accumulate, losses, noise_scale, norm_noise, stages
 from apollo_jax.training.accumulate import Accumulated
 from apollo_jax.training.average import with_average
 from apollo_jax.training.optimizer import Batches, Schedule, make_optimizer, make_schedules
@@ -42,19 +43,24 @@ TrainStep = Callable[..., tuple[TrainState, Metrics]]
 Lower = Callable[..., jax.stages.Lowered]
 Add = Callable[..., Accumulated]  # (state, batch[, what was accumulated])
 EvalStep = Callable[[TrainState, Batch], losses.Sums]
-LossSums = Callable[[Apollo, Batch], losses.Sums]
+LossSums = Callable[..., losses.Sums]  # (model, batch[, probe, see norm_noise.py])
 BY_POSITION = (
     "tokens", "targets", "loss_weights", "positions", "segment_ids", "visual_index", "groups",
 )  # fmt: skip
 
 
 def batch_sums(
-    model: Apollo, batch: Batch, train: TrainConfig, attention: str = "ring", groups: int = 0
+    model: Apollo,
+    batch: Batch,
+    train: TrainConfig,
+    attention: str = "ring",
+    groups: int = 0,
+    probe: jax.Array | None = None,
 ) -> losses.Sums:
     """Loss sums of a batch: encode the clips, splice them in, decode.
 
     `attention` is that of the mesh config. They are told by group if there are `groups` of them,
-    see `groups_of`.
+    see `groups_of`. The gradient of `probe` is told by norm_noise.py.
     """
     x = jax.tree.map(jnp.asarray, batch)
     zigzag = attention == "ring" and sharding.ways("length") > 1
@@ -75,6 +81,7 @@ def batch_sums(
         segment_ids=x.segment_ids,
         remat=train.remat,
         zigzag=zigzag,
+        pieces=None if probe is None else Pieces(norm_noise.modality_of(x), probe),
     )
     return losses.cross_entropy(
         hidden,
@@ -116,7 +123,9 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     groups = groups_of(experiment)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention, groups=groups)
     options = sharding.compiler_options(mesh)
-    return make_program(train, graphdef, tx, schedules, sums, abstract, options, groups)
+    llm = experiment.model.llm
+    gains = norm_noise.Gains(llm.norms, llm.hidden_size) if train.noise_scale_norms else None
+    return make_program(train, graphdef, tx, schedules, sums, abstract, options, groups, gains)
 
 
 def groups_of(experiment: Experiment) -> int:
@@ -134,13 +143,14 @@ def make_program(
     abstract: TrainState,
     options: Mapping[str, str] | None = None,
     groups: int = 0,
+    gains: norm_noise.Gains | None = None,
 ) -> Program:
     """The steps of a model with these loss sums."""
-    update = make_update(graphdef, tx, schedules, loss_sums, abstract, options)
-    told = train.noise_scale, groups
-    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, *told)
-    adder = accumulate.make_add(graphdef, loss_sums, abstract, options, *told)
-    shapes = accumulate.shapes_of(abstract, *told)
+    update = make_update(graphdef, tx, schedules, loss_sums, abstract, options, gains)
+    told = accumulate.Told(train.noise_scale, groups, gains)
+    zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, told)
+    adder = accumulate.make_add(graphdef, loss_sums, abstract, options, told)
+    shapes = accumulate.shapes_of(abstract, told)
 
     def train_step(
         state: TrainState,
@@ -180,13 +190,15 @@ def make_update(
     loss_sums: LossSums,
     abstract: TrainState,
     options: Mapping[str, str] | None = None,
+    gains: norm_noise.Gains | None = None,
 ) -> Any:
     """Jitted (what moves, frozen, batch) -> (what moves, metrics); what moved is overwritten.
 
     `frozen` is an input only, so its arrays are never copied or rewritten and may be shared.
     Given `limits` f32[2], parameters and moments stay what they were, bit for bit, unless loss and
     gradient norm are below them (infinity: unless they are finite). Given what was `accumulated`,
-    loss and gradient are means over its microbatches and this one together.
+    loss and gradient are means over its microbatches and this one together. With `gains`, metrics
+    have the noise by modality.
     """
     places = jax.tree.map(lambda s: s.sharding, _moving(abstract))
 
@@ -207,18 +219,21 @@ def make_update(
         opt_state = on_device(opt_state, abstract.opt_state)
         old = (params, opt_state)
 
-        def loss_fn(params: Arrays):
-            return _measured(loss_sums(merge(graphdef, params, frozen), batch))
-
-        point = gradient_point(params, opt_state)
+        point, rows = gradient_point(params, opt_state), None
+        inputs = graphdef, loss_sums, point, frozen, batch, gains
         if accumulated is None:
-            grads, metrics = jax.grad(loss_fn, has_aux=True)(point)
+            grads, by_piece, metrics = accumulate.gradients(_measured, *inputs)
+            if gains is not None:
+                whole = jnp.maximum(metrics["target_tokens"], 1.0)  # the loss was a mean
+                rows = norm_noise.norm_spread_of(by_piece * whole, batch)
         else:
-            total = accumulate.added(accumulated, graphdef, loss_sums, point, frozen, batch)
-            grads = accumulate.mean_gradients(total, params)
+            total = accumulate.added(accumulated, *inputs)
+            grads, rows = accumulate.mean_gradients(total, params), total.norms
             _, metrics = _measured(total.sums)
             if total.spread is not None:
                 metrics |= noise_scale.estimates(total.spread, total.grads, total.sums.weight)
+        if rows is not None:
+            metrics |= norm_noise.norm_estimates(rows)
         metrics |= norms("grad_norm", grads)  # before clipping
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
