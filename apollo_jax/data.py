@@ -15,7 +15,8 @@ from rich.markup import escape
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from apollo_jax.config import Experiment, load, parse_overrides, unset_paths
+from apollo_jax.config import Experiment, load, unset_paths
+from apollo_jax.config_values import parse_overrides
 from data_pipeline import data_show
 from data_pipeline.data_check import WORDS, DataReport, bars, check
 from data_pipeline.loader import DataConfig

@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from apollo_jax.config import Experiment, from_dict
+from apollo_jax.config import Experiment
+from apollo_jax.config_values import from_dict
 
 CONFIG, TOKENIZER, CHECKPOINTS, WEIGHTS = "config.json", "tokenizer", "checkpoints", "weights"
 OPTIMIZER, EMA = "optimizer", "ema"  # the moments beside the weights; among them the averages

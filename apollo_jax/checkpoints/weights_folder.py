@@ -37,7 +37,7 @@ from apollo_jax.checkpoints.sources import (
     concrete,
 )
 from apollo_jax.checkpoints.translate import Arrays, Renamed, is_float
-from apollo_jax.config import from_dict
+from apollo_jax.config_values import from_dict
 from apollo_jax.models import apollo
 
 WEIGHTS, PUBLISHED, UNUSED, LAYOUT = "weights", "published", "unused.safetensors", "layout.json"

@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 
 from apollo_jax import sharding
-from apollo_jax.config import Experiment, load, parse_overrides
+from apollo_jax.config import Experiment, load
+from apollo_jax.config_values import parse_overrides
 from apollo_jax.planning import advice, diff, fit_book, report_page, search
 from apollo_jax.planning.ahead_of_time import (
     Compiled,

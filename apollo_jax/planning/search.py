@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_jax import meshes, sharding
-from apollo_jax.config import Experiment, TrainConfig, load, parse_overrides
+from apollo_jax.config import Experiment, TrainConfig, load
+from apollo_jax.config_values import parse_overrides
 from apollo_jax.planning import jobs
 from apollo_jax.planning.topology import Topology, parse, use_compiler_only
 from apollo_jax.training import checks

@@ -11,7 +11,8 @@ import jax
 
 from apollo_jax import meshes, sharding
 from apollo_jax.checkpoints import run
-from apollo_jax.config import Experiment, differences, unset_paths
+from apollo_jax.config import Experiment, unset_paths
+from apollo_jax.config_values import differences
 from apollo_jax.training import accumulate
 from apollo_jax.training.state import TrainState, abstract_model
 from data_pipeline.tokenizer import Tokenizer

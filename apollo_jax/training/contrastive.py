@@ -26,15 +26,8 @@ from ml_collections import ConfigDict
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager, run
-from apollo_jax.config import (
-    EvalConfig,
-    OptimizerConfig,
-    TrainConfig,
-    from_dict,
-    load_module,
-    override,
-    parse_overrides,
-)
+from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, load_module
+from apollo_jax.config_values import from_dict, override, parse_overrides
 from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import checks, contrastive_loss, losses, processes, ramp

@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_jax.checkpoints import manager, run
-from apollo_jax.config import Experiment, from_dict, override, parse_overrides, to_config
+from apollo_jax.config import Experiment
+from apollo_jax.config_values import from_dict, override, parse_overrides, to_config
 from apollo_jax.training.optimizer import Batches, make_schedules
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer

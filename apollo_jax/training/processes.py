@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 import jax
 from jaxlib import version
 
+from apollo_jax.config_values import leaves
+
 AGAIN = 75  # exit status of a process that lost the others: EX_TEMPFAIL, start all of them again
 _PARTING = 5.0  # seconds that one who failed waits whether all others failed too
 _LISTEN = 2.0  # seconds between two looks at what others had to say
@@ -90,24 +92,14 @@ def _give_up(where: str, seconds: float) -> None:
 
 def _facts(experiment: Any) -> dict[str, Any]:
     """What must be the same in all processes."""
+    fields = leaves(dataclasses.asdict(experiment), "config.")
     return {
         "apollo-jax code": code_digest(),
         "jax": jax.__version__,
         "jaxlib": version.__version__,
         "python": ".".join(platform.python_version_tuple()[:2]),
-        **{f"config.{k}": v for k, v in _leaves(dataclasses.asdict(experiment)).items()},
+        **{name: value for name, value in fields.items() if not name.endswith(_OWN)},
     }
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            found |= _leaves(value, f"{name}.")
-        elif not name.endswith(_OWN):
-            found[name] = value
-    return found
 
 
 def code_digest() -> str:

@@ -20,7 +20,8 @@ from rich.console import Console
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
-from apollo_jax.config import Experiment, load, parse_overrides
+from apollo_jax.config import Experiment, load
+from apollo_jax.config_values import parse_overrides
 from apollo_jax.training import checks, processes, stages
 from apollo_jax.training.agreement import Feed
 from apollo_jax.training.answers import open_answers

@@ -16,7 +16,8 @@ from apollo_jax.checkpoints import manager, placement, run
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import open_checkpoint, open_tower, run_weights
 from apollo_jax.checkpoints.translate import Renamed
-from apollo_jax.config import REQUIRED, Experiment, differences
+from apollo_jax.config import REQUIRED, Experiment
+from apollo_jax.config_values import differences
 from apollo_jax.models import lora
 from apollo_jax.training.state import Arrays, Shapes, random_weights
 from data_pipeline.tokenizer import Tokenizer

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from apollo_jax.config import Experiment, LearningRates, from_dict, load_module, to_config
+from apollo_jax.config import Experiment, LearningRates, load_module, to_config
+from apollo_jax.config_values import from_dict
 
 # LAMB's rates are relative to the weights' norms, Muon's (scale=rms) are as AdamW's.
 RECIPES = {

@@ -16,7 +16,7 @@ from apollo_jax.checkpoints.pretrained import from_pretrained, save_pretrained
 from apollo_jax.checkpoints.rules import clip as clip_rules
 from apollo_jax.checkpoints.rules import languagebind as languagebind_rules
 from apollo_jax.checkpoints.rules.table import parameters
-from apollo_jax.config import from_dict, to_config
+from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, clip, languagebind
 from apollo_jax.models.vision_tower import TOWERS, VisionTower, common_grid
 from data_pipeline.transforms import preprocess

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import dinov2 as rules
-from apollo_jax.config import from_dict, to_config
+from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, dinov2
 from apollo_jax.models.vision_tower import VisionTower, common_grid
 from data_pipeline.transforms import preprocess

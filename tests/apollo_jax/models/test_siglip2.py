@@ -12,7 +12,7 @@ from flax import nnx
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import siglip2 as rules
-from apollo_jax.config import from_dict, to_config
+from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, siglip, siglip2
 from apollo_jax.models.vision_tower import common_grid
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import videomae as videomae_rules
-from apollo_jax.config import from_dict, to_config
+from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, videomae, vjepa, vjepa2
 from apollo_jax.models.vision_tower import TOWERS, VisionTower, common_grid
 from data_pipeline.transforms import preprocess
