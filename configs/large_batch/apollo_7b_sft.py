@@ -5,10 +5,9 @@ The recipe of configs/apollo_7b.py:sft with as many samples, in fewer and larger
 doubles until it is 8 or 64 times the published one, rates follow its square root from the published
 batch on, and the schedule counts samples, so that its shape is that of the published run. The
 optimizers are those made for large batches. `:muon8,v5p-128` takes the layout that the published
-batch has on a slice, whose rows are the microbatch; that the sums of gradients (float32, cut as the
-parameters are) fit beside it has not been planned yet. All of it is our choice: nobody has
-published Apollo at these sizes. Before a run, ask `apollo-jax critical-batch` whether the batch is
-worth its samples.
+batch has on a slice, whose rows are the microbatch; the sums of gradients (float32, cut as the
+parameters are) lie beside it. All of it is our choice: nobody has published Apollo at these sizes.
+Before a run, ask `apollo-jax critical-batch` whether the batch is worth its samples.
 """
 
 from dataclasses import replace
