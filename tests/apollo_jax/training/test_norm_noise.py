@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from apollo_jax import sharding
-from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, TrainConfig
+from apollo_jax.config import Experiment, LearningRates, OptimizerConfig, Remat, TrainConfig
 from apollo_jax.models import apollo
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import accumulate, norm_noise, state, step
@@ -52,7 +52,7 @@ def small() -> apollo.Config:
     )
 
 
-def experiment(remat: str, microbatches: int = 1) -> Experiment:
+def experiment(remat: Remat, microbatches: int = 1) -> Experiment:
     train = TrainConfig(
         1, microbatches, noise_scale_norms=True, dtype="float32", frozen_dtype="float32",
         remat=remat,
