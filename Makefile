@@ -35,7 +35,7 @@ demo: $(VENV)/.installed
 	$(BIN)/apollo-jax demo --workdir $(WORKDIR) $(ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check

@@ -116,7 +116,7 @@ def test_quick_demo_leaves_everything_behind(tmp_path):
     command = [sys.executable, "-m", "apollo_jax", "demo", "--quick", "--workdir", str(tmp_path)]
     # One device and a hurried compiler: the steps are few, compiling them is the work.
     flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flags}"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     numbers = json.loads((tmp_path / "report.json").read_text())

@@ -51,7 +51,8 @@ def found(build, tmp_path_factory) -> list[dict]:
     np.savez(folder / "one.npz", **values(from_pretrained(folder / "published")))
     with socket.create_server(("localhost", 0)) as server:
         address = f"localhost:{server.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    flags = {"XLA_FLAGS": xla, "PYTHONPATH": str(ROOT)}
     jobs = [
         subprocess.Popen(
             [sys.executable, __file__, address, str(index), str(folder)],

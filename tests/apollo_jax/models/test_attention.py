@@ -59,10 +59,13 @@ def test_splash_equals_xla(length, keys, heads, kv_heads, head_dim, mask):
         axes = ("batch", "heads")
         return splash_attention(q, k, v, ids, causal=causal, axes=axes, interpret=True)
 
-    out, backward = jax.vjp(fast, q, k, v)
-    expected, expected_backward = jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)
-    np.testing.assert_allclose(out, expected, atol=2e-5)
-    for got, wanted in zip(backward(out), expected_backward(out), strict=True):
+    @jax.jit
+    def both(q, k, v):
+        out, backward = jax.vjp(fast, q, k, v)
+        expected, expected_backward = jax.vjp(lambda q, k, v: attention(q, k, v, mask), q, k, v)
+        return (out, *backward(out)), (expected, *expected_backward(out))
+
+    for got, wanted in zip(*both(q, k, v), strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 

@@ -221,6 +221,7 @@ class Company:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.all: list[subprocess.Popen] = []
+        flags_of_all = f"{os.environ['XLA_FLAGS']} {xla_flags}"
         for i in range(1 if alone else count):
             root = roots[i] if roots else ROOT
             main = MAIN.format(first=(first or {}).get(i, ""))
@@ -229,7 +230,7 @@ class Company:
             if count > 1:
                 said += ["--distributed", f"localhost:{port},{count},{i}"]
             environ = {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {xla_flags}",
+                "XLA_FLAGS": f"{flags_of_all} --xla_force_host_platform_device_count={devices}",
                 "PYTHONPATH": str(root),
             }
             one = subprocess.Popen(
