@@ -12,7 +12,7 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from apollo_jax.config_values import from_dict, leaves, override
 from apollo_jax.config_values import to_config as to_config  # config files write it
@@ -233,6 +233,11 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Experiment:
 
     Raises FileNotFoundError or ValueError naming the file or field, and what is known there.
     """
+    return from_dict(Experiment, read(spec, overrides))
+
+
+def read(spec: str, overrides: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The values that `load` makes an Experiment of; a file may write others. Raises as `load`."""
     path, _, arg = spec.partition(":")
     get_config = getattr(load_module(Path(path)), "get_config", None)
     if get_config is None:
@@ -240,7 +245,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Experiment:
     config = get_config(arg) if arg else get_config()
     for name, text in (overrides or {}).items():
         override(config, name, text)
-    return from_dict(Experiment, config.to_dict())
+    return config.to_dict()
 
 
 def load_module(path: Path) -> types.ModuleType:

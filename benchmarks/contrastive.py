@@ -20,18 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from apollo_jax.planning import topology
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-topology.use_compiler_only()  # before jax makes a backend
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-from jax.sharding import NamedSharding  # noqa: E402
-from jax.sharding import PartitionSpec as P  # noqa: E402
-
-from apollo_jax import sharding  # noqa: E402
-from apollo_jax.planning import hlo  # noqa: E402
-from apollo_jax.training import contrastive_loss  # noqa: E402
+from apollo_jax import sharding
+from apollo_jax.planning import hlo, topology
+from apollo_jax.training import contrastive_loss
 
 _WANTED = re.compile(r"\(([\d.]+)([KMGT]?)\) exceeds")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -167,6 +163,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    topology.use_compiler_only()
     print(f"{'loss':<9}{'chips':>6}  {'way':<9}{'MiB':>10}{'sent MiB':>10}{'products':>10}{'s':>7}")
     found = []
     for loss in args.losses.split(","):

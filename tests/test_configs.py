@@ -12,7 +12,7 @@ from apollo_jax.config import unset_paths
 from apollo_jax.config_values import differences
 from apollo_jax.planning.topology import parse
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import checks, stages, state
+from apollo_jax.training import checks, contrastive, stages, state
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STAGES = ("align", "vision", "sft")
@@ -58,9 +58,10 @@ def test_slices_change_only_the_layout(size: str, stage: str):
         load(size, f"{stage},v4-8")
 
 
-def test_what_configs_share_is_no_config():
+@pytest.mark.parametrize("load", [config.load, contrastive.load])
+def test_what_configs_share_is_no_config(load):
     with pytest.raises(ValueError, match="has no get_config"):
-        config.load(str(CONFIGS / "apollo.py"))
+        load(str(CONFIGS / "apollo.py"))
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -22,12 +22,11 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
-from ml_collections import ConfigDict
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager, run
-from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, load_module
-from apollo_jax.config_values import from_dict, override, parse_overrides
+from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, read
+from apollo_jax.config_values import from_dict, parse_overrides
 from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import checks, contrastive_loss, losses, processes, ramp
@@ -144,12 +143,7 @@ def main(argv: list[str]) -> None:
 
 def load(spec: str, overrides: dict[str, str] | None = None) -> Contrastive:
     """As `config.load`: the experiment of `FILE[:arg]` with overrides applied."""
-    path, _, arg = spec.partition(":")
-    get_config = load_module(Path(path)).get_config
-    config: ConfigDict = get_config(arg) if arg else get_config()
-    for name, text in (overrides or {}).items():
-        override(config, name, text)
-    return from_dict(Contrastive, config.to_dict())
+    return from_dict(Contrastive, read(spec, overrides))
 
 
 def train(experiment: Contrastive, workdir: Path) -> bool:

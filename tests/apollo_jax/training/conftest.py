@@ -18,6 +18,7 @@ from apollo_jax import config
 from apollo_jax.checkpoints import run
 from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.training.train import train
+from data_pipeline.batch import Batch, empty_batch
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.tokenizer import train_sentencepiece
@@ -153,6 +154,29 @@ def check_moments(stored_moments):
         assert clipped == pytest.approx(0.1 * min(1.0, whole), rel=1e-4)
 
     return check_moments
+
+
+@pytest.fixture(scope="session")
+def random_batch():
+    """random_batch(seed=0, clips=1): 8 rows of 32 tokens for the debug model, in no file.
+
+    Every row: a clip (or none) at positions 2 to 9, targets on the second half.
+    """
+
+    def random_batch(seed: int = 0, clips: int = 1) -> Batch:
+        rng = np.random.default_rng(seed)
+        rows, length, visual = 8, 32, 8
+        b = empty_batch(rows, length, clips, 4, 32)
+        b.tokens[:], b.targets[:] = rng.integers(0, 512, (2, rows, length))
+        b.loss_weights[:, length // 2 :] = 1.0
+        b.positions[:], b.segment_ids[:] = np.arange(length), 1
+        if clips:
+            b.visual_index[:, 2 : 2 + visual] = np.arange(visual)
+            b.frames[:] = rng.integers(0, 255, b.frames.shape)
+            b.frame_geometry[:], b.clip_mask[:], b.clip_segment_ids[:] = [0, 0, 32, 32], True, 1
+        return b
+
+    return random_batch
 
 
 @pytest.fixture(scope="session")

@@ -14,32 +14,17 @@ from pathlib import Path
 import jax
 
 from apollo_jax import config
-from apollo_jax.models import apollo, two_towers
 from apollo_jax.training import contrastive
 from apollo_jax.training.train import train
-from data_pipeline.loader import DataConfig, SourceConfig
 
 RATES = {
     "align": config.LearningRates(connector=1e-3),
     "vision": config.LearningRates(vision_tower=1e-3, connector=1e-3),
     "sft": config.LearningRates(connector=1e-3, llm=1e-3),
 }
+HERE = Path(__file__).parent
 CURVES = ("loss", "grad_norm")
 SIMD = ("sse4", "avx", "fma", "amx", "asimd", "sve")  # beginnings of the features that matter
-
-
-def data(world: Path, **changes) -> DataConfig:
-    plain = DataConfig(
-        sources={"all": SourceConfig(f"{world}/train.jsonl")},
-        frames=(f"{world}/shards",),
-        tokenizer=f"{world}/tokenizer.model",
-        batch_size=4,
-        length=192,
-        clips=2,
-        frame_size=32,
-        tokens_per_clip=8,
-    )
-    return replace(plain, **changes)
 
 
 LOOP = config.TrainConfig(
@@ -49,35 +34,19 @@ OPTIMIZER = config.OptimizerConfig(warmup_ratio=0.2, weight_decay=0.1)
 
 
 def stage(world: Path, name: str) -> config.Experiment:
-    """One layer of everything; clips, texts and padding."""
-    debug = apollo.Config.debug(vocab_size=400)
-    model = replace(
-        debug,
-        towers={"internvideo2": replace(debug.towers["internvideo2"], depth=2)},
-        connector=replace(
-            debug.connector, vision_hidden_size=64, token_input_shape=(4, 2, 2), resampler_depth=1
-        ),
-        llm=replace(debug.llm, num_hidden_layers=1),
-    )
+    """One layer of everything, as in small.py, on the clips, texts and padding of tiny.py."""
+    small, tiny = (config.load(f"{HERE / file}:{world}") for file in ("small.py", "tiny.py"))
+    model = replace(small.model, llm=replace(small.model.llm, vocab_size=400))
+    data = replace(tiny.data, batch_size=4)
     optimizer = replace(OPTIMIZER, learning_rates=RATES[name])
-    return config.Experiment(name, model, data(world), LOOP, optimizer)
+    return config.Experiment(name, model, data, LOOP, optimizer)
 
 
 def pairs(world: Path) -> contrastive.Contrastive:
     """Clips and what is said of them; every other row of a batch has no clip."""
-    tower = replace(apollo.Config.debug().towers["siglip"], num_hidden_layers=2)
-    text = two_towers.TextConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_tokens=16,
-    )
-    model = two_towers.Config({"siglip": tower}, text, embedding_size=32, frames_per_clip=4)
-    settings = data(world, clips=1, max_clips=1, tokens_per_clip=1)
-    rates = contrastive.Rates(1e-3, 1e-3, 1e-3)
-    return contrastive.Contrastive("pairs", model, settings, LOOP, rates, optimizer=OPTIMIZER)
+    plain = contrastive.load(f"{HERE / 'pairs.py'}:{world}")
+    data = replace(plain.data, batch_size=4)
+    return replace(plain, data=data, train=LOOP, optimizer=OPTIMIZER)
 
 
 def curves(workdir: Path) -> dict[str, list[float]]:

@@ -23,25 +23,13 @@ from apollo_jax.training.weights import initial_weights
 from data_pipeline.batch import empty_batch
 from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
-from data_pipeline.loader import DataConfig, SourceConfig
 from data_pipeline.tokenizer import train_sentencepiece
 
 SPEC = ShardSpec(fps=2.0, size=32)
 PICTURES = [(color, shape) for color in scenes.COLORS for shape in scenes.SHAPES]  # 24
 TOWER = apollo.Config.debug().towers["siglip"]
-MODEL = two_towers.Config(
-    towers={"siglip": TOWER},
-    text=two_towers.TextConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_tokens=16,
-    ),
-    embedding_size=32,
-    frames_per_clip=4,
-)
+PAIRS = Path(__file__).parent / "pairs.py"
+MODEL = replace(contrastive.load(f"{PAIRS}:").model, towers={"siglip": TOWER})
 
 
 @pytest.fixture(scope="module")
@@ -68,23 +56,11 @@ def pairs(tmp_path_factory) -> Path:
 
 
 def experiment(folder: Path, steps: int = 4, **changes: Any) -> Contrastive:
-    data = DataConfig(
-        sources={"all": SourceConfig(f"{folder}/train.jsonl")},
-        frames=(f"{folder}/shards",),
-        tokenizer=f"{folder}/tokenizer.model",
-        batch_size=8,
-        length=192,
-        clips=1,
-        max_clips=1,
-        frame_size=32,
-        tokens_per_clip=1,
-    )
-    training = config.TrainConfig(
-        num_steps=steps, dtype="float32", frozen_dtype="float32", log_every=1, checkpoint_every=1000
-    )
+    plain = contrastive.load(f"{PAIRS}:{folder}")
+    training = replace(plain.train, num_steps=steps, checkpoint_every=1000)
     optimizer = config.OptimizerConfig(schedule="constant", warmup_ratio=0.1, b2=0.95)
     rates = Rates(3e-3, 3e-3, 3e-3)
-    e = Contrastive("pairs", MODEL, data, training, rates, optimizer=optimizer)
+    e = replace(plain, model=MODEL, train=training, rates=rates, optimizer=optimizer)
     return replace(e, **changes)
 
 

@@ -2,7 +2,6 @@
 """Forks of a run: the same run but for their batch, done once, and what is made of their losses."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,14 +20,11 @@ FIELDS = {"optimizer.schedule": "constant", "train.num_steps": "10", "train.keep
 
 
 @pytest.fixture(scope="module")
-def begun(world, tmp_path_factory) -> Path:
+def begun(texts, tmp_path_factory) -> Path:
     """The folder of a run of ten updates of one microbatch; from the second on rates stay."""
-    folder = tmp_path_factory.mktemp("texts")
-    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "text.jsonl").write_text("".join(li for li in lines if '"video"' not in li))
-    shutil.copy(world / "tokenizer.model", folder)
-    assert train(load(f"{SMALL}:{folder}", FIELDS), folder / "run")
-    return folder / "run"
+    workdir = tmp_path_factory.mktemp("begun") / "run"
+    assert train(load(f"{SMALL}:{texts}", FIELDS), workdir)
+    return workdir
 
 
 def fork(begun: Path, output: Path, *flags: str) -> dict:

@@ -13,24 +13,8 @@ from apollo_jax.planning import hlo
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import state, step
 from apollo_jax.training.rows import place
-from data_pipeline.batch import Batch, empty_batch
 
-B, L, Q = 8, 32, 8
 RATES = "optimizer.learning_rates."
-
-
-def random_batch(seed: int, clips: int = 0) -> Batch:
-    """Every row: a clip (or none) at positions 2..2+Q, targets on the second half."""
-    rng = np.random.default_rng(seed)
-    b = empty_batch(B, L, clips, 4, 32)
-    b.tokens[:], b.targets[:] = rng.integers(0, 512, (2, B, L))
-    b.loss_weights[:, L // 2 :] = 1.0
-    b.positions[:], b.segment_ids[:] = np.arange(L), 1
-    if clips:
-        b.visual_index[:, 2 : 2 + Q] = np.arange(Q)
-        b.frames[:] = rng.integers(0, 255, b.frames.shape)
-        b.frame_geometry[:], b.clip_mask[:], b.clip_segment_ids[:] = [0, 0, 32, 32], True, 1
-    return b
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +23,7 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def trained(experiment, mesh):
+def trained(experiment, mesh, random_batch):
     """trained(offload) -> (program, state after two steps of the decoder alone on text)."""
 
     def trained(offload: bool):
@@ -51,13 +35,13 @@ def trained(experiment, mesh):
             weights = state.random_weights(e.model, e.train, shapes, e.seed)
             now = state.create(weights, program.abstract, program.tx)
             for seed in range(2):
-                now, _ = program.train_step(now, place(random_batch(seed), mesh))
+                now, _ = program.train_step(now, place(random_batch(seed, clips=0), mesh))
         return program, now
 
     return trained
 
 
-def test_moments_in_host_memory_change_no_bit(trained, mesh, tmp_path):
+def test_moments_in_host_memory_change_no_bit(trained, mesh, tmp_path, random_batch):
     (_, here), (program, away) = trained(False), trained(True)
     kinds = {(m.ndim > 0, m.sharding.memory_kind) for m in jax.tree.leaves(away.opt_state)}
     assert kinds == {(True, state.HOST), (False, state.DEVICE)}  # counts stay where they are read
@@ -68,7 +52,7 @@ def test_moments_in_host_memory_change_no_bit(trained, mesh, tmp_path):
     same = jax.tree.map(lambda a, b: a.sharding == b.sharding, program.abstract, restored)
     assert jax.tree.all(same)
     with jax.set_mesh(mesh):  # and it goes on from there
-        after, _ = program.train_step(restored, place(random_batch(2), mesh))
+        after, _ = program.train_step(restored, place(random_batch(2, clips=0), mesh))
     assert int(after.step) == 3
 
 
@@ -89,15 +73,13 @@ STAGES = {
 }
 
 
-def summed(experiment, stage: str) -> tuple[float, dict[str, int]]:
+def summed(experiment, stage: str, random_batch) -> tuple[float, dict[str, int]]:
     """(bytes that a device sends to sum over devices, bytes of each component's gradient)."""
     e = experiment({RATES + name: rate for name, rate in STAGES[stage].items()})
     mesh = sharding.make_mesh(MeshConfig())  # data alone: nothing but gradients is summed
     with jax.set_mesh(mesh):
         program = step.build(e, mesh)
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(0, clips=1)
-        )
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
         text = program.lower(shapes).compile().as_text()
     assert text is not None
     totals = hlo.totals(text, dict(mesh.shape))
@@ -109,9 +91,9 @@ def summed(experiment, stage: str) -> tuple[float, dict[str, int]]:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_frozen_parts_exchange_no_gradients(experiment, stage):
+def test_frozen_parts_exchange_no_gradients(experiment, random_batch, stage):
     """A ring sums n bytes over eight devices by sending 2 * 7/8 * n; beside them only scalars."""
-    sent, sizes = summed(experiment, stage)
+    sent, sizes = summed(experiment, stage, random_batch)
     moving = sum(sizes[name] for name, rate in STAGES[stage].items() if rate != "0")
     assert sent == pytest.approx(2 * 7 / 8 * moving, rel=0.01)
     assert moving < 0.9 * sum(sizes.values())  # so that what is frozen would show

@@ -11,21 +11,7 @@ from apollo_jax.training import losses, state, step
 from apollo_jax.training.rows import place
 from data_pipeline.batch import Batch, empty_batch
 
-B, L, C, Q = 8, 32, 1, 8
-
-
-def random_batch(seed: int = 0, clips: int = C) -> Batch:
-    """Every row: a clip at positions 2..2+Q, targets on the second half."""
-    rng = np.random.default_rng(seed)
-    b = empty_batch(B, L, clips, 4, 32)
-    b.tokens[:], b.targets[:] = rng.integers(0, 512, (2, B, L))
-    b.loss_weights[:, L // 2 :] = 1.0
-    b.positions[:], b.segment_ids[:] = np.arange(L), 1
-    if clips:
-        b.visual_index[:, 2 : 2 + Q] = np.arange(Q)
-        b.frames[:] = rng.integers(0, 255, b.frames.shape)
-        b.frame_geometry[:], b.clip_mask[:], b.clip_segment_ids[:] = [0, 0, 32, 32], True, 1
-    return b
+B, L, C = 8, 32, 1  # of random_batch
 
 
 CONNECTOR_ONLY = {"optimizer.learning_rates.llm": "0", "optimizer.warmup_ratio": "0"}
@@ -79,7 +65,7 @@ def run(program, mesh, start):
     return run
 
 
-def test_only_what_trains_moves_and_has_moments(run, weights):
+def test_only_what_trains_moves_and_has_moments(run, weights, random_batch):
     after, metrics = run([random_batch(seed) for seed in range(3)])
     assert int(after.step) == 3
     assert {state.component_of(n) for n in after.params} == {"connector"}
@@ -93,7 +79,7 @@ def test_only_what_trains_moves_and_has_moments(run, weights):
     assert "learning_rate/llm" not in metrics
 
 
-def test_clipping_sees_only_what_trains(run, weights):
+def test_clipping_sees_only_what_trains(run, weights, random_batch):
     """Adam's first moment after one step is (1 - b1) times the clipped gradient."""
     after, metrics = run([random_batch()])
     moved = {name: np.asarray(value) - weights[name] for name, value in after.params.items()}
@@ -107,7 +93,7 @@ def test_clipping_sees_only_what_trains(run, weights):
     assert norm == pytest.approx(0.1 * min(1.0, metrics["grad_norm"]), rel=1e-4)
 
 
-def test_frozen_arrays_are_not_used_up(program, mesh, start):
+def test_frozen_arrays_are_not_used_up(program, mesh, start, random_batch):
     """They may be shared, so a step neither donates nor rewrites them."""
     before = start()
     with jax.set_mesh(mesh):
@@ -116,12 +102,12 @@ def test_frozen_arrays_are_not_used_up(program, mesh, start):
     assert all(value.is_deleted() for value in before.params.values())
 
 
-def test_the_same_batches_give_the_same_bits(run):
+def test_the_same_batches_give_the_same_bits(run, random_batch):
     (first, _), (second, _) = (run([random_batch(1), random_batch(2)]) for _ in range(2))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
 
 
-def test_text_alone_and_padding_alone(run, weights):
+def test_text_alone_and_padding_alone(run, weights, random_batch):
     text = random_batch()
     text.visual_index[:], text.clip_mask[:], text.clip_segment_ids[:] = -1, False, 0
     text.frames[:], text.frame_geometry[:] = 0, 0
@@ -131,14 +117,14 @@ def test_text_alone_and_padding_alone(run, weights):
     assert all(np.array_equal(v, weights[n]) for n, v in after.params.items())
 
 
-def test_a_run_without_clip_slots(program, mesh, start):
+def test_a_run_without_clip_slots(program, mesh, start, random_batch):
     with jax.set_mesh(mesh):
         sums = program.eval_step(start(), place(random_batch(clips=0), mesh))
     assert float(sums.weight) == B * L / 2
     assert float(losses.mean(sums)[0]) == pytest.approx(np.log(512), rel=0.2)
 
 
-def test_the_loss_is_that_of_one_device(experiment, program, mesh, start, weights):
+def test_the_loss_is_that_of_one_device(experiment, program, mesh, start, weights, random_batch):
     """Rows with few and with many targets: the mean is over the targets of all devices."""
     batch = random_batch()
     batch.loss_weights[:] = np.arange(L) < np.arange(B)[:, None] * 4
@@ -153,7 +139,7 @@ def test_the_loss_is_that_of_one_device(experiment, program, mesh, start, weight
     np.testing.assert_allclose(many, one, rtol=2e-5)
 
 
-def test_keeps_every_dtype(experiment, mesh):
+def test_keeps_every_dtype(experiment, mesh, random_batch):
     """bfloat16 arithmetic and frozen weights, float32 parameters and moments."""
     mixed = {"train.dtype": "bfloat16", "train.frozen_dtype": "bfloat16", "train.loss_chunk": "16"}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
@@ -167,7 +153,7 @@ def test_keeps_every_dtype(experiment, mesh):
     assert {str(v.dtype) for v in metrics.values()} == {"float32"}
 
 
-def test_gradients_are_filtered_as_the_config_says(experiment, mesh):
+def test_gradients_are_filtered_as_the_config_says(experiment, mesh, random_batch):
     """No slope reaches two: nothing is left of the gradient, while the loss is what it was."""
     filtered = {"train.loss_cut": "vocabulary", "train.loss_skip_below": "2"}
     program = step.build(experiment(CONNECTOR_ONLY | filtered), mesh)
