@@ -15,9 +15,8 @@ from safetensors.numpy import load_file
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import dinov2 as rules
-from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, dinov2
-from apollo_jax.models.vision_tower import VisionTower, common_grid
+from apollo_jax.models.vision_tower import VisionTower
 from data_pipeline.transforms import preprocess
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "encoders"
@@ -169,43 +168,18 @@ def tiny(**kw) -> dinov2.Config:
     )
 
 
-def with_towers(**towers) -> apollo.Config:
-    """The debug model with other towers."""
-    debug = apollo.Config.debug(vocab_size=40)
-    width = sum(t.hidden_size for t in towers.values())
-    connector = dataclasses.replace(
-        debug.connector, vision_hidden_size=width, token_input_shape=common_grid(towers)
-    )
-    return dataclasses.replace(debug, towers=towers, connector=connector)
+SIGLIP = apollo.Config.debug().towers["siglip"]
+GIANT = tiny(use_swiglu_ffn=True, num_register_tokens=2, interpolation="antialias")
 
 
-MODELS = {
-    "alone": with_towers(dinov2=tiny()),
-    "giant's kind beside siglip": with_towers(
-        dinov2=tiny(use_swiglu_ffn=True, num_register_tokens=2, interpolation="antialias"),
-        siglip=apollo.Config.debug().towers["siglip"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_clips_become_visual_tokens(name, build, run):
-    config = MODELS[name]
-    model = build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
-    side = config.frame_size
-    assert side == {"alone": 28}.get(name, 32)  # the square before its middle is cut out
-    frames = np.random.default_rng(0).integers(0, 256, (2, 4, side, side, 3), np.uint8)
-    geometry = jnp.array([[0, 0, side, side], [2, 0, side - 4, side]])
-    tokens = run(lambda m, x, g: m.encode_clips(x, g), model, jnp.asarray(frames), geometry)
-    assert tokens.shape == (2, 8, 96)
-    assert np.isfinite(tokens).all()
-    assert not np.allclose(tokens[0], tokens[1])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_configs_survive_their_plain_form(name):
-    config = MODELS[name]
-    assert from_dict(apollo.Config, to_config(config).to_dict()) == config
+@pytest.mark.parametrize(
+    ("towers", "side"),
+    [({"dinov2": tiny()}, 28), ({"dinov2": GIANT, "siglip": SIGLIP}, 32)],
+    ids=["alone", "giant's kind beside siglip"],
+)
+def test_clips_become_visual_tokens(towers, side, check_in_apollo):
+    config = check_in_apollo(towers)
+    assert config.frame_size == side  # the square before its middle is cut out
 
 
 def test_a_fresh_tower_learns():

@@ -12,9 +12,7 @@ from flax import nnx
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import siglip2 as rules
-from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, siglip, siglip2
-from apollo_jax.models.vision_tower import common_grid
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "encoders" / "siglip2-naflex-a"
 TINY = siglip2.Config(
@@ -96,40 +94,12 @@ def test_its_own_grid_leaves_the_table_as_it_is():
 # ---- in any Apollo
 
 
-def with_towers(**towers) -> apollo.Config:
-    """The debug model with other towers."""
-    debug = apollo.Config.debug(vocab_size=40)
-    connector = dataclasses.replace(
-        debug.connector,
-        vision_hidden_size=sum(t.hidden_size for t in towers.values()),
-        token_input_shape=common_grid(towers),
-    )
-    return dataclasses.replace(debug, towers=towers, connector=connector)
+SIGLIP = apollo.Config.debug().towers["siglip"]
 
 
-def encode_clips(model, frames, geometry):
-    return model.encode_clips(frames, geometry)
-
-
-ALONE = with_towers(naflex=TINY)
-BESIDE = with_towers(naflex=TINY, siglip=apollo.Config.debug().towers["siglip"])
-
-
-@pytest.mark.parametrize("config", [ALONE, BESIDE], ids=["alone", "beside siglip"])
-def test_clips_become_visual_tokens(config, build, run):
-    assert from_dict(apollo.Config, to_config(config).to_dict()) == config
-    side = config.frame_size
-    frames = np.random.default_rng(0).integers(0, 256, (2, 4, side, side, 3), np.uint8)
-    geometry = np.array([[0, 0, side, side], [2, 0, side - 4, side]], np.int32)
-    if config is ALONE:
-        model = nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
-        assert nnx.eval_shape(encode_clips, model, frames, geometry).shape == (2, 8, 96)
-        return
-    model = build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
-    tokens = run(encode_clips, model, frames, geometry)
-    assert tokens.shape == (2, 8, 96)
-    assert np.isfinite(tokens).all()
-    assert not np.allclose(tokens[0], tokens[1])
+def test_clips_become_visual_tokens(check_in_apollo):
+    check_in_apollo({"naflex": TINY}, shapes_only=True)
+    check_in_apollo({"naflex": TINY, "siglip": SIGLIP})
 
 
 def test_a_fresh_tower_learns():

@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 
 from apollo_jax.checkpoints.pretrained import from_pretrained
 from apollo_jax.checkpoints.rules import videomae as videomae_rules
-from apollo_jax.config_values import from_dict, to_config
 from apollo_jax.models import apollo, videomae, vjepa, vjepa2
-from apollo_jax.models.vision_tower import TOWERS, VisionTower, common_grid
+from apollo_jax.models.vision_tower import TOWERS, VisionTower
 from data_pipeline.transforms import preprocess
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "encoders"
@@ -229,45 +228,13 @@ TINY = {
 }
 
 
-def with_towers(**towers) -> apollo.Config:
-    """The debug model with other towers."""
-    debug = apollo.Config.debug(vocab_size=40)
-    width = sum(t.hidden_size for t in towers.values())
-    connector = dataclasses.replace(
-        debug.connector, vision_hidden_size=width, token_input_shape=common_grid(towers)
-    )
-    return dataclasses.replace(debug, towers=towers, connector=connector)
-
-
-def encode(model, frames, geometry):
-    return model.encode_clips(frames, geometry)
-
-
 SIGLIP = apollo.Config.debug().towers["siglip"]
-APOLLOS = {f"{name} alone": with_towers(it=tower) for name, tower in TINY.items()}
-APOLLOS |= {f"{n} with siglip": with_towers(it=t, siglip=SIGLIP) for n, t in TINY.items()}
 
 
-@pytest.mark.parametrize("name", APOLLOS)
-def test_clips_become_visual_tokens(name, build, run):
-    config = APOLLOS[name]
-    side = config.frame_size
-    frames = np.random.default_rng(0).integers(0, 256, (2, 4, side, side, 3), np.uint8)
-    geometry = jnp.array([[0, 0, side, side], [2, 0, side - 4, side]])
-    if "alone" in name:
-        model = nnx.eval_shape(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0)))
-        assert nnx.eval_shape(encode, model, frames, geometry).shape == (2, 8, 96)
-        return
-    tokens = run(encode, build(lambda: apollo.Apollo(config, rngs=nnx.Rngs(0))), frames, geometry)
-    assert tokens.shape == (2, 8, 96)
-    assert np.isfinite(tokens).all()
-    assert not np.allclose(tokens[0], tokens[1])
-
-
-@pytest.mark.parametrize("name", APOLLOS)
-def test_configs_survive_their_plain_form(name):
-    config = APOLLOS[name]
-    assert from_dict(apollo.Config, to_config(config).to_dict()) == config
+@pytest.mark.parametrize("name", TINY)
+def test_clips_become_visual_tokens(name, check_in_apollo):
+    check_in_apollo({"it": TINY[name]}, shapes_only=True)
+    check_in_apollo({"it": TINY[name], "siglip": SIGLIP})
 
 
 @pytest.mark.parametrize("name", TINY)
