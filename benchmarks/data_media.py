@@ -20,8 +20,8 @@ import av
 import cv2
 import numpy as np
 
+from data_pipeline.frame_records import ShardSpec, decode_segment
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import ShardSpec, decode_segment
 from data_pipeline.loader import DataConfig, SourceConfig
 from data_pipeline.media_encoding import encode_video
 

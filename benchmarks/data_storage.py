@@ -11,7 +11,8 @@ from data_media import CANVAS, Film, Rows, cpu_seconds
 from data_readers import decoders, with_shards
 from PIL import Image
 
-from data_pipeline.frame_shards import FrameShards, ShardSpec
+from data_pipeline.frame_records import ShardSpec
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.transforms import fit_canvas
 from data_pipeline.video import iter_frames
 

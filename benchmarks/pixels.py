@@ -26,7 +26,7 @@ from flax import nnx
 from apollo_jax.models import internvideo2, pixels, siglip
 from apollo_jax.models.vision_tower import VisionTower
 from data_pipeline import canvas, jpeg_planes
-from data_pipeline.frame_shards import ShardSpec
+from data_pipeline.frame_records import ShardSpec
 from data_pipeline.transforms import fit_canvas
 from data_pipeline.video import iter_frames, probe
 

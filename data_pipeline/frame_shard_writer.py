@@ -21,13 +21,8 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data_pipeline.frame_shards import (
-    INDEX_DTYPES,
-    MAGIC,
-    MANIFEST_VERSION,
-    MediaInfo,
-    ShardSpec,
-)
+from data_pipeline.frame_records import MAGIC, MediaInfo, ShardSpec
+from data_pipeline.frame_shards import INDEX_DTYPES, MANIFEST_VERSION
 
 _MAX_SHARD_MEDIA = 4096  # bounds the work an interrupted job repeats when media are tiny
 _PER_SHARD = ("file", "records", "bytes", "sha256")  # of a sidecar, repeated in the manifest

@@ -3,9 +3,7 @@
 
 A directory holds `frames-00000.array_record`, ..., one JSON sidecar per finished shard, and, once
 complete, `index.npz` (where each medium lies) and `manifest.json`, which readers require. One
-record is one segment (8 s) of one medium:
-
-    "AFS1" | u32 header bytes | u32 n | msgpack header | u32 offsets[n+1] | JPEG payloads
+record is one segment (8 s) of one medium, see frame_records.py.
 
 n clips, F frames per clip, S canvas side; grid frame k shows the source at k / stored fps seconds.
 """
@@ -16,124 +14,25 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
-import simplejpeg
 
 from data_pipeline.canvas import Picture, copy_picture, draw_jpeg, open_pictures, side
+from data_pipeline.frame_records import MAGIC, MediaInfo, Segment, ShardSpec, decode_segment
 from data_pipeline.media_index import INDEX_DTYPES as INDEX_DTYPES
 from data_pipeline.media_index import MediaIndex
 from data_pipeline.record_files import RecordFiles
 
-MAGIC = b"AFS1"
 MANIFEST_VERSION = 1  # grows when a reader of the old version could not read the new one
-RECORD_VERSION = 1  # likewise
-_PREFIX = struct.Struct("<4sII")  # magic, header bytes, number of frames
 _READ_ERRORS = (RuntimeError, ValueError, LookupError, TypeError, OSError, struct.error)
 
 
 class FrameShardError(ValueError):
     """Stored bytes that cannot be read; the message names the file, and the medium."""
-
-
-@dataclass(frozen=True)
-class ShardSpec:
-    """How frames are stored: grid fps, longest side in pixels, JPEG settings, segment length."""
-
-    fps: float = 2.0
-    size: int = 384
-    quality: int = 90
-    subsampling: str = "420"
-    segment_seconds: float = 8.0
-
-    @property
-    def segment_frames(self) -> int:
-        return max(1, round(self.fps * self.segment_seconds))
-
-    def encode(self, frame: np.ndarray) -> bytes:
-        """u8[h, w, 3] RGB -> JPEG."""
-        return simplejpeg.encode_jpeg(
-            np.ascontiguousarray(frame), self.quality, colorsubsampling=self.subsampling
-        )
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """One stored video or image; times in seconds, sides of the stored frames in pixels."""
-
-    id: str
-    kind: str  # 'video' | 'image'
-    num_frames: int  # of the source
-    fps: float  # of the source, average
-    duration: float
-    stored_frames: int
-    stored_fps: float
-    height: int
-    width: int
-
-
-def encode_segments(
-    media_id: str,
-    jpegs: Sequence[bytes],
-    pts: Sequence[float],
-    size: tuple[int, int],
-    spec: ShardSpec,
-    first_segment: int = 0,
-) -> list[bytes]:
-    """Grid frames of one medium -> its records; `pts` is each shown frame's true time (s).
-
-    `first_segment` says where they begin, for a medium that is written piece by piece.
-    """
-    records = []
-    for start in range(0, len(jpegs), spec.segment_frames):
-        part = jpegs[start : start + spec.segment_frames]
-        shown = pts[start : start + spec.segment_frames]
-        segment = first_segment + start // spec.segment_frames
-        grid = range(segment * spec.segment_frames, segment * spec.segment_frames + len(part))
-        header: bytes = msgpack.packb(  # pyright: ignore[reportAssignmentType]
-            {
-                "v": RECORD_VERSION,
-                "id": media_id,
-                "seg": segment,
-                "layer": 0,
-                "n": len(part),
-                "hw": size,
-                "codec": "jpeg",
-                "q": spec.quality,
-                "subsampling": spec.subsampling,
-                "fps": spec.fps,
-                "t_us": [round(k * 1e6 / spec.fps) for k in grid],
-                "pts_us": [round(seconds * 1e6) for seconds in shown],
-                "crc": [zlib.crc32(jpeg) for jpeg in part],
-            }
-        )
-        offsets = np.cumsum([0, *map(len, part)], dtype="<u4").tobytes()
-        prefix = _PREFIX.pack(MAGIC, len(header), len(part))
-        records.append(b"".join((prefix, header, offsets, *part)))
-    return records
-
-
-Segment = tuple[dict[str, Any], list[memoryview]]  # a record's header and its JPEGs
-
-
-def decode_segment(record: bytes) -> Segment:
-    """Record -> (header, JPEG payloads), without copying."""
-    magic, header_bytes, count = _PREFIX.unpack_from(record)
-    if magic != MAGIC:
-        raise ValueError(f"record starts with {magic!r}, not {MAGIC!r}")
-    view = memoryview(record)
-    at = _PREFIX.size + header_bytes
-    header = msgpack.unpackb(view[_PREFIX.size : at])
-    if header["v"] != RECORD_VERSION:
-        raise ValueError(f"a record of version {header['v']}, not {RECORD_VERSION}")
-    offsets = np.frombuffer(record, "<u4", count + 1, at).tolist()
-    payload = view[at + 4 * (count + 1) :]
-    return header, [payload[a:b] for a, b in itertools.pairwise(offsets)]
 
 
 def parse_manifest(text: bytes, path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.transforms import fit_canvas
 from data_pipeline.video import (
     RgbConverter,

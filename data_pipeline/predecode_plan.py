@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.frame_records import ShardSpec
 from data_pipeline.frame_shard_writer import shard_path, temporary_path
-from data_pipeline.frame_shards import ShardSpec
 from data_pipeline.media_encoding import MediaLimits
 from data_pipeline.media_files import Medium
 from data_pipeline.remote_files import is_remote

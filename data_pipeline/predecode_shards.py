@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import av
 from av.error import FFmpegError
 
+from data_pipeline.frame_records import MediaInfo, ShardSpec
 from data_pipeline.frame_shard_writer import ShardFile
-from data_pipeline.frame_shards import MediaInfo, ShardSpec
 from data_pipeline.media_encoding import (
     Beat,
     MediaLimits,

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_pipeline.canvas import Picture, copy_picture, draw_jpeg, open_pictures, side
-from data_pipeline.frame_shards import MediaInfo, ShardSpec
+from data_pipeline.frame_records import MediaInfo, ShardSpec
 from data_pipeline.transforms import fit_canvas
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from data_pipeline.annotations import Media, Record
 from data_pipeline.conversation import MediaClips, Rendered, render
-from data_pipeline.frame_shards import FrameShards, MediaInfo
+from data_pipeline.frame_records import MediaInfo
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.sampling import ClipSampling, count_clips, sample_clips
 from data_pipeline.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import simplejpeg
 
-from data_pipeline.frame_shards import decode_segment
+from data_pipeline.frame_records import decode_segment
 from data_pipeline.record_files import open_records
 from data_pipeline.shard_folder import COLUMNS, FACTS, Folder, Problem, ShardTask, read_sidecar
 

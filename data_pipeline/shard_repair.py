@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.frame_records import MAGIC, MediaInfo, ShardSpec, decode_segment
 from data_pipeline.frame_shard_writer import (
     ShardFile,
     write_atomic,
     write_manifest,
     write_quarantine,
 )
-from data_pipeline.frame_shards import MAGIC, MediaInfo, ShardSpec, decode_segment
 from data_pipeline.predecode import merge
 from data_pipeline.predecode_plan import DEFAULTS, Plan
 from data_pipeline.record_files import open_records

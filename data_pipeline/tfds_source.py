@@ -27,7 +27,7 @@ from tensorflow_datasets.core import example_parser, read_only_builder
 
 from data_pipeline.annotations import Record, read_record
 from data_pipeline.conversation import PLACEHOLDER
-from data_pipeline.frame_shards import MediaInfo
+from data_pipeline.frame_records import MediaInfo
 from data_pipeline.record_media import RecordMedia
 from data_pipeline.sources import SourceConfig
 

@@ -27,11 +27,11 @@ from apollo_jax.checkpoints.foreign import (
     foreign_part,
     open_pickled,
 )
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
 from apollo_jax.checkpoints.pickles import open_torch
 from apollo_jax.checkpoints.rules import apollo as layout
 from apollo_jax.checkpoints.sources import Source
 from apollo_jax.checkpoints.translate import Arrays, Joined, Renamed
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.config import Experiment
 from apollo_jax.config_values import from_dict
 from apollo_jax.models import apollo, two_towers

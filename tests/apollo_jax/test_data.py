@@ -14,8 +14,8 @@ from PIL import Image
 from apollo_jax import data
 from apollo_jax.config import load
 from data_pipeline.data_config import sample_maker
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.sizes import open_measured
 
 LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"

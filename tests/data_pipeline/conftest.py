@@ -11,8 +11,8 @@ import av
 import numpy as np
 import pytest
 
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.loader import DataConfig, SourceConfig
 
 LLM = Path(__file__).parents[1] / "fixtures" / "apollo-tiny-a" / "checkpoint" / "llm"

@@ -24,7 +24,8 @@ import pytest
 from PIL import Image
 
 from apollo_jax.__main__ import run
-from data_pipeline.frame_shards import FrameShards, decode_segment
+from data_pipeline.frame_records import decode_segment
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.predecode import PredecodeConfig, predecode
 
 ROOT = Path(__file__).parents[2]

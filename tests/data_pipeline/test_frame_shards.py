@@ -8,15 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipeline.frame_records import MediaInfo, ShardSpec, decode_segment, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import (
-    FrameShardError,
-    FrameShards,
-    MediaInfo,
-    ShardSpec,
-    decode_segment,
-    encode_segments,
-)
+from data_pipeline.frame_shards import FrameShardError, FrameShards
 
 SPEC = ShardSpec(fps=2.0, size=64, quality=95, subsampling="444", segment_seconds=3.0)
 

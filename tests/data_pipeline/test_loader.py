@@ -11,8 +11,9 @@ import pytest
 
 from data_pipeline.batch import Batch, empty_batch
 from data_pipeline.conversation import MediaClips, Turn, render
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import FrameShards, MediaInfo, ShardSpec, encode_segments
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.loader import DataConfig, Loader, SourceConfig
 from data_pipeline.sampling import ClipSampling, sample_clips
 from data_pipeline.tokenizer import Tokenizer

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipeline import media_encoding
+from data_pipeline.frame_records import ShardSpec, decode_segment
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import FrameShards, ShardSpec, decode_segment
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_encoding import (
     MediaLimits,
     RecordSpool,

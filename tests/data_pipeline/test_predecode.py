@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.frame_shards import FrameShards, decode_segment
+from data_pipeline.frame_records import decode_segment
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_encoding import encode_video
 from data_pipeline.media_files import find_media
 from data_pipeline.predecode import PredecodeConfig, main, predecode

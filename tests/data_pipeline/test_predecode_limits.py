@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline import frame_shard_writer, predecode_shards
-from data_pipeline.frame_shards import FrameShards, ShardSpec
+from data_pipeline.frame_records import ShardSpec
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_encoding import MediaLimits, encode_video
 from data_pipeline.media_files import Medium, find_media
 from data_pipeline.predecode import main, predecode

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data_pipeline import frame_shard_writer, shard_repair
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import FrameShards, MediaInfo, ShardSpec, encode_segments
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.predecode import PredecodeConfig, predecode
 from data_pipeline.shard_repair import repair
 from data_pipeline.shards import verify

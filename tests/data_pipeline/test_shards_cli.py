@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from data_pipeline.contact_sheets import clock, grid_frames, read_strips
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import FrameShards, MediaInfo, ShardSpec, encode_segments
+from data_pipeline.frame_shards import FrameShards
 from data_pipeline.predecode import PredecodeConfig, predecode
 from data_pipeline.shards import listing, main, verify
 

@@ -15,8 +15,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from data_pipeline.conversation import Turn
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.loader import DataConfig, Loader
 from data_pipeline.sources import SourceConfig, open_source
 from data_pipeline.tfds_video_conversations import build

@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.checkpoints.manager import Checkpoints
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
 from apollo_jax.checkpoints.run import is_run, latest_weights, read_experiment
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training.state import TrainState
 

@@ -20,9 +20,9 @@ from flax import nnx
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import convert
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
 from apollo_jax.checkpoints.pretrained import from_pretrained, save_pretrained
 from apollo_jax.checkpoints.sources import RawFiles
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
 from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import apollo
 from apollo_jax.sharding import MeshConfig

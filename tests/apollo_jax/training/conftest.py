@@ -16,11 +16,11 @@ import pytest
 
 from apollo_jax import config
 from apollo_jax.checkpoints import run
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
 from apollo_jax.training.train import train
 from data_pipeline.batch import Batch, empty_batch
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.tokenizer import train_sentencepiece
 
 TINY = Path(__file__).parent / "tiny.py"

@@ -14,7 +14,7 @@ import pytest
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import convert
-from apollo_jax.checkpoints.weights_folder import OrbaxArrays
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
 from apollo_jax.config import LearningRates
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training import state, step, train

@@ -21,8 +21,8 @@ from apollo_jax.training.contrastive import Contrastive, Rates, captions, pair_s
 from apollo_jax.training.step import build
 from apollo_jax.training.weights import initial_weights
 from data_pipeline.batch import empty_batch
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.tokenizer import train_sentencepiece
 
 SPEC = ShardSpec(fps=2.0, size=32)

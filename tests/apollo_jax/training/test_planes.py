@@ -19,8 +19,8 @@ from apollo_jax.training import losses, step
 from apollo_jax.training.rows import place
 from data_pipeline import canvas
 from data_pipeline.batch import Batch, empty_batch
+from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
-from data_pipeline.frame_shards import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.loader import Loader
 
 B, L, C, Q, S = 8, 32, 2, 8, 40
