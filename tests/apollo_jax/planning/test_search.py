@@ -9,7 +9,8 @@ import pytest
 
 from apollo_jax.config import load
 from apollo_jax.planning import jobs, search
-from apollo_jax.planning.search import Arithmetic, Layout, Outcome
+from apollo_jax.planning.layouts import Layout, Outcome, neighbours, pareto
+from apollo_jax.planning.search import Arithmetic
 from apollo_jax.planning.topology import parse
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -28,27 +29,27 @@ def compiled(layouts):
 
 
 def test_neighbours_are_one_change_away():
-    found = list(search.neighbours(START))
+    found = list(neighbours(START))
     assert len(found) == len(set(found))
     assert Layout((2, 8, 1, 1), "full", 64, 1024, 8) in found
     assert Layout((1, 16, 1, 1), "full", 32, 2048, 16) in found
     assert Layout((1, 16, 1, 1), "full", 128, 512, 4) in found
     assert all(math.prod(n.mesh) == 16 for n in found)
     assert replace(START, rows=32, accumulate=2) in found
-    assert START in search.neighbours(replace(START, rows=32, accumulate=2))
-    every = found + list(search.neighbours(replace(START, accumulate=4)))
+    assert START in neighbours(replace(START, rows=32, accumulate=2))
+    every = found + list(neighbours(replace(START, accumulate=4)))
     assert {n.accumulate * n.rows * n.length // 2**16 for n in every} == {1, 4}
     assert {n.accumulate * n.rows * n.clips // 2**9 for n in every} == {1, 4}
 
 
 def test_the_walk_ends_at_the_best_with_all_neighbours_explained():
     outcomes = search.search(START, lambda layout: None, compiled, limit=10_000)
-    front = search.pareto(outcomes.values())
+    front = pareto(outcomes.values())
     assert front[0].seconds == 1
     assert front[0].layout.mesh[1::2] == (4, 2)
     reasons = search.explained(outcomes)
     for best in front:
-        for neighbour in search.neighbours(best.layout):
+        for neighbour in neighbours(best.layout):
             assert neighbour in reasons or outcomes[neighbour] in front
     assert any("dominated by" in why for why in reasons.values())
 
@@ -74,7 +75,7 @@ def test_from_what_does_not_fit_it_walks_to_less():
     wide = replace(START, mesh=(16, 1, 1, 1))
     outcomes = search.search(wide, lambda layout: None, tight, limit=500)
     assert outcomes[wide].refused
-    assert search.pareto(outcomes.values())[0].layout.mesh[1] == 16
+    assert pareto(outcomes.values())[0].layout.mesh[1] == 16
 
 
 @pytest.fixture(scope="module")
