@@ -23,7 +23,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from apollo_jax.evaluation import scenes
+from apollo_jax.evaluation import pictures, scenes
 from apollo_jax.evaluation.multiple_choice import Question, question_text
 from apollo_jax.evaluation.scenes import make_scene
 
@@ -131,7 +131,7 @@ def _image_path(index: int) -> str:
 
 
 def _still(out: Path, seed: int, index: int) -> str:
-    frame, caption = scenes.draw_still(np.random.default_rng((seed, _IMAGE, index)))
+    frame, caption = pictures.draw_still(np.random.default_rng((seed, _IMAGE, index)))
     Image.fromarray(frame).save(out / _image_path(index), compress_level=1)
     return caption
 
@@ -149,7 +149,7 @@ def _multi_image(captions: list[str], seed: int) -> Iterable[dict]:
 def _bindings(number: int, seed: int) -> Iterable[dict]:
     """Text that teaches to say one of the options, with the words of every family."""
     rng = np.random.default_rng((seed, _TEXT))
-    words = [scenes.COLORS, scenes.DIGITS, scenes.PLACES, scenes.DIRECTIONS]
+    words = [pictures.COLORS, pictures.DIGITS, pictures.PLACES, scenes.DIRECTIONS]
     words = [list(group) for group in (*words, scenes.NUMBERS, scenes.PERIODS, scenes.LENGTHS)]
     for i in range(number):
         options = rng.choice(words[rng.integers(len(words))], 4, replace=False).tolist()

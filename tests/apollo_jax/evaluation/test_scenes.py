@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from apollo_jax.evaluation import scenes
+from apollo_jax.evaluation import pictures, scenes
 
 
 def _many(family, number=60):
@@ -40,10 +40,10 @@ def test_caption_agrees_with_answers():
 def test_centre_shows_the_middle_or_rest():
     for scene in _many("color"):
         middle = scene.caption.split()[3]
-        assert tuple(scene.frames[len(scene.frames) // 2, 0, 0]) == scenes.COLORS[middle]
+        assert tuple(scene.frames[len(scene.frames) // 2, 0, 0]) == pictures.COLORS[middle]
         for question in scene.questions:
             assert middle not in question.options
-    rest = scenes.draw_door(0, 0, 0)[..., 0] == 150
+    rest = pictures.draw_door(0, 0, 0)[..., 0] == 150
     for scene in _many("ego"):
         door = scene.frames[len(scene.frames) // 2, ..., 0] == 150
         np.testing.assert_array_equal(door, rest)
@@ -93,5 +93,5 @@ def test_unknown_family_lists_the_known():
 
 
 def test_stills_have_captions():
-    captions = {scenes.draw_still(np.random.default_rng(i))[1].split()[0] for i in range(100)}
+    captions = {pictures.draw_still(np.random.default_rng(i))[1].split()[0] for i in range(100)}
     assert {"number", "screen", "door", "light", "lamp", "star"} < captions

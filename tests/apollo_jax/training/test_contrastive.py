@@ -14,7 +14,7 @@ from flax import nnx
 
 from apollo_jax import config, sharding
 from apollo_jax.checkpoints import manager
-from apollo_jax.evaluation import scenes
+from apollo_jax.evaluation import pictures
 from apollo_jax.models import apollo, two_towers
 from apollo_jax.training import contrastive
 from apollo_jax.training.contrastive import Contrastive, Rates, captions, pair_sums
@@ -26,7 +26,7 @@ from data_pipeline.frame_shard_writer import FrameShardWriter
 from data_pipeline.tokenizer import train_sentencepiece
 
 SPEC = ShardSpec(fps=2.0, size=32)
-PICTURES = [(color, shape) for color in scenes.COLORS for shape in scenes.SHAPES]  # 24
+PICTURES = [(color, shape) for color in pictures.COLORS for shape in pictures.SHAPES]  # 24
 TOWER = apollo.Config.debug().towers["siglip"]
 PAIRS = Path(__file__).parent / "pairs.py"
 MODEL = replace(contrastive.load(f"{PAIRS}:").model, towers={"siglip": TOWER})
@@ -39,7 +39,7 @@ def pairs(tmp_path_factory) -> Path:
     writer, records = FrameShardWriter(folder / "shards", SPEC), []
     for number, (color, shape) in enumerate(PICTURES):
         x, y = rng.integers(20, 44, 2).tolist()
-        picture = scenes.draw_object(color, shape, x, y, 90 + number % 8)[::2, ::2]
+        picture = pictures.draw_object(color, shape, x, y, 90 + number % 8)[::2, ::2]
         info = MediaInfo(f"v{number}", "video", 20, 10.0, 2.0, 4, 2.0, 32, 32)
         jpegs = [SPEC.encode(np.ascontiguousarray(picture))] * 4
         writer.add(info, encode_segments(info.id, jpegs, [0.0, 0.5, 1.0, 1.5], (32, 32), SPEC))
