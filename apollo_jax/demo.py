@@ -13,7 +13,6 @@ workdir and is not repeated by --resume.
 import argparse
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +86,7 @@ class Demo:
             self.workdir / "world",
             train_scenes=train,
             test_scenes_per_family=test,
-            workers=cores(),
+            workers=cpu.cores(),
         )
 
     def train_tokenizer(self) -> None:
@@ -99,7 +98,8 @@ class Demo:
         world = self.workdir / "world"
         files = sorted([*world.glob("videos/train/*.mp4"), *world.glob("images/*.png")])
         size = self.experiment(STAGES[0]).data.frame_size
-        settings = PredecodeConfig(fps=scenes.FPS, size=size, subsampling="444", workers=cores())
+        workers = cpu.cores()
+        settings = PredecodeConfig(fps=scenes.FPS, size=size, subsampling="444", workers=workers)
         names = [file.relative_to(world) for file in files]
         predecode(names, self.workdir / "frames", settings, root=world)
 
@@ -263,23 +263,6 @@ def prompt_texts() -> list[str]:
     return texts
 
 
-def cores() -> int:
-    """The CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def use_all_cores(*batch_sizes: int) -> None:
-    """As many CPU devices as the batches divide over: XLA splits small models badly by itself.
-
-    Must run before jax looks for devices; a setting of the caller's is left alone.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        rows = math.gcd(*batch_sizes)
-        count = next(n for n in range(min(cores(), 8), 0, -1) if rows % n == 0)
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}"
-
-
 def write_json(path: Path, value: object) -> None:
     """Atomically."""
     temporary = path.with_name(path.name + ".tmp")
@@ -304,7 +287,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     demo = Demo(args.workdir.absolute(), args.config, args.quick, args.unfrozen)
     cpu.keep_freed_memory()
-    use_all_cores(*(demo.experiment(stage).data.batch_size for stage in STAGES))
+    cpu.use_all_cores(*(demo.experiment(stage).data.batch_size for stage in STAGES))
     try:
         numbers = run(demo, resume=args.resume)
     except (Stopped, KeyboardInterrupt):

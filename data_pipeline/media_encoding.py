@@ -19,6 +19,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
+from data_pipeline.image_files import read_image
 from data_pipeline.transforms import fit_canvas
 from data_pipeline.video import (
     RgbConverter,
@@ -26,7 +27,6 @@ from data_pipeline.video import (
     average_rate,
     decoded_frames,
     open_video,
-    read_image,
     readable_packets,
 )
 

@@ -5,7 +5,6 @@ Frame i is the i-th frame in display order; times are seconds after the first fr
 ratio and rotation metadata are applied, so h x w is what a player shows. h, w pixels; n frames.
 """
 
-import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 # Titles in an unknown encoding are no reason to refuse a video; PyAV 19 never does.
 _OPEN_OPTIONS: Any = (
@@ -285,32 +283,3 @@ def decode_frames(path: str | Path, indices: Sequence[int] | np.ndarray) -> np.n
     if frames is None:
         raise ValueError(f"no frames of {path} were asked for")
     return frames
-
-
-def read_image(path: str | Path, max_pixels: int = 0) -> np.ndarray:
-    """u8[h, w, 3] RGB of an image file, EXIF orientation applied; VideoError if unreadable.
-
-    Larger ones than `max_pixels` are not decoded (0: than what PIL takes for a bomb).
-    """
-    path = Path(path)
-    if not path.exists():
-        raise VideoError(path, "missing", "there is no such file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "empty", "the file has 0 bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path)
-        with image:
-            if max_pixels and image.width * image.height > max_pixels:
-                detail = f"{image.width} x {image.height} pixels, more than {max_pixels}"
-                raise VideoError(path, "too_large", detail)
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except VideoError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise VideoError(path, "too_large", str(error)) from error
-    except UnidentifiedImageError as error:
-        raise VideoError(path, "unreadable", "not an image file") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise VideoError(path, "corrupt", str(error)) from error

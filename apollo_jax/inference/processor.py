@@ -24,10 +24,11 @@ from data_pipeline.conversation import (
     prompt_text,
     render,
 )
+from data_pipeline.image_files import read_image
 from data_pipeline.sampling import ClipSampling, SampledClips, clip_sampling_ratio, sample_clips
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import FrameSpec, preprocess
-from data_pipeline.video import iter_frames, probe, read_image
+from data_pipeline.video import iter_frames, probe
 
 VISUAL_SHARE = 0.65  # of the context, the published default
 MEDIA_SHARE = 0.9  # of the context, for the clips and the text between them

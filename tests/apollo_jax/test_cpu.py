@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Freed memory stays with the process."""
+"""Freed memory stays with the process; every core gets rows."""
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from apollo_jax import cpu
 
 COUNT_FAULTS = """
 import resource
@@ -30,3 +33,12 @@ def test_pages_are_faulted_in_once():
     assert run.returncode == 0, run.stderr
     *default, first, second = map(int, run.stdout.split())
     assert min(*default, first) > 20 * second
+
+
+def test_every_core_gets_rows(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(cpu, "cores", lambda: 3)
+    cpu.use_all_cores(16, 8)
+    assert os.environ["XLA_FLAGS"].endswith("count=2")
+    cpu.use_all_cores(15)  # what is set stays
+    assert os.environ["XLA_FLAGS"].endswith("count=2")

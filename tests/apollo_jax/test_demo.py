@@ -103,15 +103,6 @@ def test_tokenizer_texts_are_the_conversations(job):
     assert any("0:00:12 [H:MM:SS]" in text for text in demo.prompt_texts())
 
 
-def test_every_core_gets_rows(monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(demo, "cores", lambda: 3)
-    demo.use_all_cores(16, 8)
-    assert os.environ["XLA_FLAGS"].endswith("count=2")
-    demo.use_all_cores(15)  # what is set stays
-    assert os.environ["XLA_FLAGS"].endswith("count=2")
-
-
 def test_quick_demo_leaves_everything_behind(tmp_path):
     command = [sys.executable, "-m", "apollo_jax", "demo", "--quick", "--workdir", str(tmp_path)]
     # One device and a hurried compiler: the steps are few, compiling them is the work.

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.video import VideoError, decode_frames, iter_frames, probe, read_image
+from data_pipeline.image_files import read_image
+from data_pipeline.video import VideoError, decode_frames, iter_frames, probe
 
 
 @pytest.mark.parametrize(
