@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from apollo_jax.checkpoints.rules import big_vision
+from apollo_jax.checkpoints.rules import big_vision, clip
 from apollo_jax.checkpoints.rules.dialect import Dialect
 from apollo_jax.checkpoints.rules.fields import defaults, take
 from apollo_jax.checkpoints.rules.table import Rule, Shape, Table, Unused, conv, norm, weight
@@ -149,36 +149,17 @@ def head_shapes(d: int, m: int) -> dict[str, tuple[int, ...]]:
 
 
 def text_shapes(
-    *,
-    vocab_size: int,
-    hidden_size: int,
-    intermediate_size: int,
-    num_hidden_layers: int,
-    num_attention_heads: int,
-    max_position_embeddings: int,
-    projection_size: int,
+    *, hidden_size: int, num_attention_heads: int, projection_size: int, **fields: int
 ) -> dict[str, tuple[int, ...]]:
-    """The text half and the two scalars of the contrastive loss."""
+    """The text half, which is CLIP's with a head, and the two scalars of the contrastive loss."""
     del num_attention_heads  # no shape tells
-    d, m = hidden_size, intermediate_size
-    linears = {f"self_attn.{x}_proj": (d, d) for x in ("q", "k", "v", "out")}
-    linears |= {"mlp.fc1": (m, d), "mlp.fc2": (d, m)}
-    shapes: dict[str, tuple[int, ...]] = {
+    return {
         "logit_scale": (1,),
         "logit_bias": (1,),
-        "text_model.embeddings.token_embedding.weight": (vocab_size, d),
-        "text_model.embeddings.position_embedding.weight": (max_position_embeddings, d),
-        "text_model.head.weight": (projection_size, d),
+        **clip.text_shapes(hidden_size=hidden_size, **fields),
+        "text_model.head.weight": (projection_size, hidden_size),
         "text_model.head.bias": (projection_size,),
     }
-    blocks = [f"text_model.encoder.layers.{i}" for i in range(num_hidden_layers)]
-    norms = [f"{block}.layer_norm{i}" for block in blocks for i in (1, 2)]
-    for name in [*norms, "text_model.final_layer_norm"]:
-        shapes |= {f"{name}.weight": (d,), f"{name}.bias": (d,)}
-    for block in blocks:
-        for name, shape in linears.items():
-            shapes |= {f"{block}.{name}.weight": shape, f"{block}.{name}.bias": shape[:1]}
-    return shapes
 
 
 # ---- big_vision's files
