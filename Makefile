@@ -34,6 +34,8 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/apollo-jax demo --workdir $(WORKDIR) $(ARGS)
 
+# Most programs run once, on little data: to compile them is the work, so the compiler hurries.
+test: export XLA_FLAGS = --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
