@@ -27,14 +27,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import hold_memory  # beside this file, as train_sides; before torch
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
-import train_sides  # beside this file
+import train_sides
 from flax import nnx
 from train_sides import Step
 
 import apollo_jax
-from apollo_jax import cpu
 from apollo_jax.models import apollo
 from data_pipeline.batch import Batch
 
@@ -166,7 +166,7 @@ def main() -> None:
     if args.memory_of:
         use_cores(args.threads, args.devices)
         return print(measure_memory(args.memory_of, args.model))
-    cpu.keep_freed_memory()
+    assert hold_memory.HELD
     use_cores(args.threads, args.devices)
     batches = packed, alone = train_sides.make_batches()
     used, slots = (packed.segment_ids > 0).mean(), packed.clip_mask.mean()
