@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_pipeline.video import VideoError
+from data_pipeline.video import VideoError, not_empty
 
 
 def read_image(path: str | Path, max_pixels: int = 0) -> np.ndarray:
@@ -15,11 +15,7 @@ def read_image(path: str | Path, max_pixels: int = 0) -> np.ndarray:
 
     Larger ones than `max_pixels` are not decoded (0: than what PIL takes for a bomb).
     """
-    path = Path(path)
-    if not path.exists():
-        raise VideoError(path, "missing", "there is no such file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "empty", "the file has 0 bytes")
+    path = not_empty(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

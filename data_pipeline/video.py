@@ -73,6 +73,16 @@ class RgbConverter:
         return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), round(frame.rotation / 90) % 4))
 
 
+def not_empty(path: str | Path) -> Path:
+    """The path of a file that is there and holds something; VideoError else."""
+    path = Path(path)
+    if not path.exists():
+        raise VideoError(path, "missing", "there is no such file")
+    if path.stat().st_size == 0:
+        raise VideoError(path, "empty", "the file has 0 bytes")
+    return path
+
+
 @contextmanager
 def open_video(
     path: str | Path, threads: int = 1, file: BinaryIO | None = None
@@ -82,11 +92,7 @@ def open_video(
     With `path` also opened as `file`, a failing disk is an OSError then and while decoding, rather
     than a file that seems to end there.
     """
-    path = Path(path)
-    if not path.exists():
-        raise VideoError(path, "missing", "there is no such file")
-    if path.stat().st_size == 0:
-        raise VideoError(path, "empty", "the file has 0 bytes")
+    path = not_empty(path)
     try:
         container = av.open(file or str(path), **_OPEN_OPTIONS)
     except (FFmpegError, OSError, ValueError) as error:
