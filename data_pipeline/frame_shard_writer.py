@@ -35,15 +35,21 @@ def temporary_path(path: Path) -> Path:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Either the old file or the whole new one, even after a power cut or with two writers."""
-    temporary = temporary_path(path)
-    try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    while True:
+        temporary = temporary_path(path)
+        try:
+            with temporary.open("wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            temporary.replace(path)
+            return
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            # Another process has completed the set and cleared what it took for a leftover.
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def shard_path(directory: Path, number: int, suffix: str) -> Path:

@@ -260,6 +260,7 @@ def _write_first(output: Path, data: bytes) -> None:
         except FileExistsError:
             pass  # another process was first; begin_plan compares
         except OSError:  # no hard links here: the last one wins, and sidecars name their plan
-            temporary.replace(path)
+            if not path.exists():
+                temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

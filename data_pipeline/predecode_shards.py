@@ -124,7 +124,11 @@ def _make_shard(
                 f"there when it was planned ({tasks[0].medium.path}): is the input mounted here?"
             )
         if plan.sidecar(number) is None:  # else another process was faster: the same shard
-            shard.commit(plan=plan.digest, made_with=decoder_versions())
+            try:
+                shard.commit(plan=plan.digest, made_with=decoder_versions())
+            except FileNotFoundError:  # faster by little: the set is complete and cleared already
+                if plan.sidecar(number) is None:
+                    raise
             plan.publish(number)
     finally:
         shard.discard()

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from data_pipeline.frame_shard_writer import ShardFile
 from data_pipeline.frame_shards import FrameShards
 from data_pipeline.media_files import Medium, find_media
-from data_pipeline.predecode import main, predecode, task_of
+from data_pipeline.predecode import main, merge, predecode, task_of
 from data_pipeline.predecode_plan import Plan, PredecodeConfig, begin_plan, cut
 from data_pipeline.predecode_shards import make_shards
 
@@ -151,6 +153,38 @@ def test_the_same_shard_made_twice_at_once(folder, tmp_path):
     assert set(os.listdir(tmp_path / "out")) == names
     predecode(None, tmp_path / "out", CONFIG, progress=False)
     assert FrameShards(tmp_path / "out").verify() == []
+
+
+def test_tasks_that_complete_the_set_at_once(folder, tmp_path):
+    """Each clears what killed processes left, and what the others are just writing."""
+    predecode(folder, tmp_path / "out", CONFIG, progress=False)
+    before = contents(tmp_path / "out")
+    plan = Plan(tmp_path / "out")
+
+    def merge_often(_: int) -> None:
+        for _ in range(50):
+            merge(plan, CONFIG)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(merge_often, range(4))) == [None] * 4
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_straggler_whose_file_is_cleared_before_it_commits(folder, tmp_path, monkeypatch):
+    output, commit, late = tmp_path / "out", ShardFile.commit, []
+    plan = begin_plan(output, CONFIG, find_media(folder))
+
+    def commit_late(shard, **facts):
+        if not late:
+            late.append(shard)
+            predecode(None, output, CONFIG, progress=False)  # by another, from begin to end
+            late.append(contents(output))
+        return commit(shard, **facts)
+
+    monkeypatch.setattr(ShardFile, "commit", commit_late)
+    make_shards(plan, [1], CONFIG)
+    assert "manifest.json" in late[1]
+    assert contents(output) == late[1]
 
 
 @pytest.mark.parametrize("complete", [True, False])
