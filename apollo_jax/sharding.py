@@ -52,6 +52,7 @@ class MeshConfig:
     tensor: int = 1  # heads, hidden units, vocabulary
     # How attention crosses `context`: keys and values go round, or heads for positions.
     attention: Literal["ring", "ulysses"] = "ring"
+    sparse_cores: bool = True  # exchange beside the products, on chips that have such cores
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
@@ -163,15 +164,20 @@ def batch_shardings(shapes: Sequence[tuple[int, ...]], mesh: Mesh) -> list[Named
     return [one(field, shape) for field, shape in zip(Batch._fields, shapes, strict=True)]
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+_EXCHANGED_THERE = ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "all_reduce")
+_TOO_SMALL = 2**20  # bytes: not worth a program of the SparseCores, each takes long to compile
+
+
+def compiler_options(mesh: Mesh, sparse_cores: bool = True) -> dict[str, str]:
     """What the compiler is asked for on these devices, beside its defaults.
 
     On TPUs, left to itself, it makes every gather of a weight along a long `fsdp` axis an
-    all-reduce of padded slices, twice the bytes. With these it gathers; and on v5e, the one chip
-    that it knows how to on safely (later releases of libtpu refuse it on others, for wrong results
-    and hangs), the weights of the next layer beside the products of this one. Along a short axis it
-    would cut each product into as many parts as there are devices, to send one while it computes
-    another: parts so thin that most of the time goes into main memory.
+    all-reduce of padded slices, twice the bytes, and waits for it. With these it gathers the
+    weights of the next layer beside the products of this one, and scatters gradients so: on v5e
+    within the products' own programs (later releases of libtpu refuse that on others, for wrong
+    results and hangs), elsewhere on the SparseCores, which on tpu7x it does unasked. Along a short
+    axis it would cut each product into as many parts as there are devices, to send one while it
+    computes another: parts so thin that most of the time goes into main memory.
     """
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
@@ -186,6 +192,13 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
             "xla_tpu_enable_async_collective_fusion": "true",
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
         }
+    asked = ("TPU v5", "TPU v6 lite") if sparse_cores else ("TPU v5", "TPU v6 lite", "TPU7x")
+    if device.device_kind in asked:
+        for kind in _EXCHANGED_THERE:
+            there = str(sparse_cores).lower()
+            options[f"xla_tpu_enable_sparse_core_collective_offload_{kind}"] = there
+            if kind[0] not in "23":  # one limit for gathers of all dimensions
+                options[f"xla_tpu_sparse_core_{kind}_offload_min_size_in_bytes"] = str(_TOO_SMALL)
     return options
 
 

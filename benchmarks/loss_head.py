@@ -2,7 +2,7 @@
 """Loss heads at Qwen2.5-7B's vocabulary, compiled for TPUs: temporaries, FLOPs, exchanged bytes.
 
     python benchmarks/loss_head.py [--topologies v5p:2x2x4,v5e:4x4] [--fsdp 16] [--tokens 8192]
-        [--heads naive,positions] [--chunk 512] [--json F]
+        [--heads naive,positions] [--width 2048] [--chunk 512] [--json F]
 
 Compiled is the gradient of the mean loss in hidden states and, where it trains, in the table,
 laid out as in training: tokens over data and fsdp, the table's columns over fsdp, float32 where it
@@ -38,7 +38,7 @@ from apollo_jax import sharding
 from apollo_jax.planning import hlo, topology
 from apollo_jax.training import losses
 
-VOCABULARY, WIDTH = 152_064, 3584
+VOCABULARY = 152_064
 
 HEADS = ("naive", "positions", "vocabulary", "tokamax")
 KINDS = ("trained", "frozen", "tied")
@@ -99,8 +99,8 @@ def measure(head: str, kind: str, place: topology.Topology, tokens: int, args: A
 
     by_position = ("batch", "length")
     arrays = (
-        shape((rows, tokens, WIDTH), jnp.bfloat16, *by_position, None),
-        shape((VOCABULARY, WIDTH), jnp.bfloat16 if kind == "frozen" else jnp.float32,
+        shape((rows, tokens, args.width), jnp.bfloat16, *by_position, None),
+        shape((VOCABULARY, args.width), jnp.bfloat16 if kind == "frozen" else jnp.float32,
               "vocab", "embed"),
         shape((rows, tokens), jnp.int32, *by_position),
         shape((rows, tokens), jnp.float32, *by_position),
@@ -115,7 +115,7 @@ def measure(head: str, kind: str, place: topology.Topology, tokens: int, args: A
         texts = Path(folder).glob("*after_optimizations.txt")
         text = max(texts, key=lambda f: f.stat().st_size).read_text()
     totals = hlo.totals(text, dict(mesh.shape))
-    needed = (4 if kind == "frozen" else 6) * tokens * VOCABULARY * WIDTH
+    needed = (4 if kind == "frozen" else 6) * tokens * VOCABULARY * args.width
     sent = sum(c.bytes for c in totals.collectives)
     temp = stats.temp_size_in_bytes
     return Row(head, kind, place.name, tokens, temp / 2**30, totals.flops / needed, sent / 2**30)
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=words, default=["8192", "32768"], help="per chip")
     parser.add_argument("--heads", type=words, default=HEADS[:3], help=", ".join(HEADS))
     parser.add_argument("--tables", type=words, default=KINDS, help=", ".join(KINDS))
+    parser.add_argument("--width", type=int, default=3584, help="of the decoder")
     parser.add_argument("--chunk", type=int, default=128, help="train.loss_chunk")
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     args = parser.parse_args()

@@ -22,22 +22,22 @@ MAX_CLIPS = 200  # there too; as published, though 200 x 128 tokens exceed the r
 
 SLICES = {
     "align": {
-        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=128, tensor=2), remat="dots"),
+        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=128, context=2), remat="dots"),
         "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="dots"),
-        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=128, tensor=2), remat="dots"),
+        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=128, context=2), remat="dots"),
         "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=128), remat="dots"),
     },
     "vision": {
         "v5e-256": dict(mesh=MeshConfig(data=2, fsdp=128), remat="full"),
         "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="full"),
-        "v6e-256": dict(mesh=MeshConfig(data=2, fsdp=128), remat="save_attention"),
+        "v6e-256": dict(mesh=MeshConfig(data=4, fsdp=64), remat="save_attention"),
         "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=128), remat="save_attention"),
     },
     "sft": {
-        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=2, tensor=2), remat="save_qkv"),
+        "v5e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=4), remat="dots"),
         "v5p-128": dict(mesh=MeshConfig(data=1, fsdp=64), remat="dots"),
-        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=2, tensor=2), remat="dots"),
-        "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=64, tensor=2), remat="dots"),
+        "v6e-256": dict(mesh=MeshConfig(data=1, fsdp=64, context=4), remat="dots"),
+        "tpu7x-64": dict(mesh=MeshConfig(data=1, fsdp=64, context=2), remat="dots"),
     },
 }
 

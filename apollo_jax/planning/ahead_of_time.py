@@ -133,7 +133,7 @@ def _compiled(
     with tempfile.TemporaryDirectory() as folder:
         compiled, too_large, note = _compile(lowered, folder, code)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time()
-        module = Module(_optimised(folder))
+        module = Module(optimised(folder))
         totals = compiled and hlo.totals(module, dict(mesh.shape), _rates(mesh, topology))
         return Compiled(
             fits=compiled is not None,
@@ -258,7 +258,7 @@ def _local(tree: Any) -> int:
     return total
 
 
-def _optimised(folder: str) -> str:
+def optimised(folder: str) -> str:
     """The text of the program; `as_text` fails on some programs with asynchronous collectives."""
     files = sorted(Path(folder).glob("*after_optimizations.txt"), key=lambda f: f.stat().st_size)
     return files[-1].read_text()

@@ -122,7 +122,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     abstract = abstract_state(shapes, trained, tx, mesh, offload=train.offload_optimizer)
     groups = groups_of(experiment)
     sums = partial(batch_sums, train=train, attention=experiment.mesh.attention, groups=groups)
-    options = sharding.compiler_options(mesh)
+    options = sharding.compiler_options(mesh, experiment.mesh.sparse_cores)
     llm = experiment.model.llm
     gains = norm_noise.Gains(llm.norms, llm.hidden_size) if train.noise_scale_norms else None
     return make_program(train, graphdef, tx, schedules, sums, abstract, options, groups, gains)

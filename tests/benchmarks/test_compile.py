@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = """HloModule step, num_partitions=64
+
+ENTRY %main (a: f32[16,32], b: f32[32,16]) -> f32[16,16] {
+  %a = f32[16,32]{1,0} parameter(0)
+  %b = f32[32,16]{1,0} parameter(1)
+  ROOT %d = f32[16,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
 PEER = """#!{python}
-import sys
+import pathlib, sys
 if sys.argv[1] == "-c":
     print("noise about the machine")
     print("/somewhere/configs/base.yml")
@@ -18,6 +26,9 @@ said = " ".join(sys.argv)
 assert "train_compile /somewhere/configs/base.yml" in said, said
 assert "compile_topology=v5p-128" in said, said
 assert "max_target_length=8192" in said, said
+dump = pathlib.Path(said.split("--xla_dump_to=")[1].split()[0])
+dump.mkdir()
+(dump / "module_0001.jit_step.after_optimizations.txt").write_text({program!r})
 print("Memory analysis: CompiledMemoryStats(argument_size_in_bytes=1073741824, "
       "temp_size_in_bytes=2147483648, host_argument_size_in_bytes=0, host_temp_size_in_bytes=0)")
 """
@@ -45,10 +56,11 @@ def test_what_is_compiled_is_the_decoder_alone(bench):
 
 def test_the_peer_is_run_and_read(bench, tmp_path):
     python = tmp_path / "python"
-    python.write_text(PEER.format(python=sys.executable))
+    python.write_text(PEER.format(python=sys.executable, program=PROGRAM))
     python.chmod(0o755)
     found = bench.maxtext(python, bench.Shape())
     assert (found.arguments, found.temporaries) == (1.0, 2.0)
+    assert found.tflop == 2 * 16 * 32 * 16 / 1e12
     assert found.cpu_seconds > 0
     python.write_text(f"#!{sys.executable}\nimport sys\nprint('no such model')\nsys.exit(1)\n")
     with pytest.raises(RuntimeError, match="no such model"):
@@ -59,6 +71,6 @@ def test_a_row_has_ratios_to_the_peer(bench):
     peer = bench.REFERENCE[bench.Shape()]
     ours = bench.Result(1.33, peer.temporaries / 2, 500.0, 48.0)
     assert bench.row("ours", ours, peer).split()[1:] == [
-        "1.33", "1.00x", "3.73", "0.50x", "500.00", "-", "48.00", "0.50x",
+        "1.33", "1.00x", "3.73", "0.50x", "500.00", "1.00x", "48.00", "0.50x",
     ]  # fmt: skip
     assert "x" not in bench.row("Us", ours, None)
