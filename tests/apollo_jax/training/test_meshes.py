@@ -89,7 +89,7 @@ def meshes():
         for axes in itertools.combinations(MESH_AXES, len(sizes)):
             shape = dict(data=1) | dict(zip(axes, sizes, strict=True))
             for attention in ("ring", "ulysses")[: 1 + ("context" in axes)]:
-                yield MeshConfig(**shape, attention=attention)
+                yield dataclasses.replace(MeshConfig(attention=attention), **shape)
 
 
 def name(axes: MeshConfig) -> str:
