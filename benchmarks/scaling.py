@@ -54,8 +54,7 @@ What grows, and why:
   gradients, cut like the weights.
 - **Sent along `fsdp`**: of n chips each sends (n - 1)/n of every weight that is gathered, and once
   or twice that of every gradient that is summed (see sharding.md: choosing fsdp): 15/16 at 16
-  chips, all of it at ever so many. Along all 64 chips of `v5p:4x4x4` the compiler writes gathers
-  as all-reduces, twice the bytes.
+  chips, all of it at ever so many.
 - **Sent along `data`**: nothing without copies; with m copies 2 (m - 1)/m of the gradients of a
   chip's 128th of the weights, so it no longer grows from eight copies on. Of this the data-centre
   network between slices carries 0.1 GiB a chip at most.
