@@ -139,7 +139,8 @@ def _ring_backward(interpret: bool | None, residuals: tuple, grad: Array) -> tup
     def turn(number: Array, carry: tuple) -> tuple:
         keys, dq, dkv = carry
         following, dkv = _pass_on(keys), _pass_on(dkv)
-        mine, *theirs = jax.lax.cond(device >= number, earlier, later, *keys)
+        found = jax.lax.cond(device >= number, earlier, later, *keys)
+        mine, *theirs = (x.astype(jnp.float32) for x in found)
         return following, dq + mine, [a + b for a, b in zip(dkv, theirs, strict=True)]
 
     keys = (k, v, segments)

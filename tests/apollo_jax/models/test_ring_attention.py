@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over positions that are cut over devices equals that of one device."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,21 @@ def test_the_ring_of_kernels_equals_one_device():
         return ring_attention(q, k, v, segments, axes=("batch", "heads"), interpret=True)
 
     check(function, sharding.MeshConfig(data=2, context=2, tensor=2), length=512)
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["kernels", "XLA"])
+def test_the_ring_keeps_the_dtype_of_its_operands(kernel):
+    """Traced under strict promotion: what the turns add up is float32, by name."""
+
+    def both(q, k, v, segments):
+        ring = partial(ring_attention, segment_ids=segments, axes=("batch", "heads"))
+        out, vjp = jax.vjp(partial(ring, interpret=kernel), q, k, v)
+        return out, *vjp(out)
+
+    *arrays, segments = operands(length=1024)
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=2, context=4))):
+        found = jax.eval_shape(both, *(x.astype(jnp.bfloat16) for x in arrays), segments)
+    assert {x.dtype for x in found} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_what_does_not_divide_is_named():
