@@ -33,23 +33,31 @@ def temporary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
+@contextmanager
+def written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file beside `path` that holds `data`, also after a power cut; it goes at last."""
+    temporary = temporary_path(path)
+    try:
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Either the old file or the whole new one, even after a power cut or with two writers."""
     while True:
-        temporary = temporary_path(path)
         try:
-            with temporary.open("wb") as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-            temporary.replace(path)
+            with written_beside(path, data) as temporary:
+                temporary.replace(path)
             return
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
             # Another process has completed the set and cleared what it took for a leftover.
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def shard_path(directory: Path, number: int, suffix: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.frame_records import ShardSpec
-from data_pipeline.frame_shard_writer import shard_path, temporary_path
+from data_pipeline.frame_shard_writer import shard_path, written_beside
 from data_pipeline.media_encoding import MediaLimits
 from data_pipeline.media_files import Medium
 from data_pipeline.remote_files import is_remote
@@ -249,12 +249,7 @@ def _write_first(output: Path, data: bytes) -> None:
     path = output / PLAN
     if any(not name.startswith(PLAN) for name in os.listdir(output)) and not path.exists():
         raise ValueError(f"{output} is not empty and holds no frame shards; choose another output")
-    temporary = temporary_path(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with written_beside(path, data) as temporary:
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -262,5 +257,3 @@ def _write_first(output: Path, data: bytes) -> None:
         except OSError:  # no hard links here: the last one wins, and sidecars name their plan
             if not path.exists():
                 temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
