@@ -121,9 +121,10 @@ def fused_attention(
     if isinstance(mask, Causal):
         mask = None if causal else mask.dense(q.shape[1])
     mask = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=causal, implementation=implementation
     )
+    return checkpoint_name(out, SAVED)
 
 
 def xla_attention(

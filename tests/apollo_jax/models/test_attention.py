@@ -5,9 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import print_saved_residuals
 
 from apollo_jax import sharding
+from apollo_jax.models import attention as module
 from apollo_jax.models.attention import Causal, attention, fused_attention, xla_attention
+from apollo_jax.models.layers import REMAT_POLICIES
 from apollo_jax.models.splash_attention import splash_attention
 
 
@@ -79,6 +82,42 @@ def test_what_gpus_are_asked_for_is_the_same_attention(mask):
     q, k, v = operands(20, 20, 4, 2, 24)
     out = fused_attention(q, k, v, mask, implementation="xla")
     np.testing.assert_allclose(out, attention(q, k, v, mask), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "fused"),
+    [(jnp.bfloat16, 24, True), (jnp.float32, 24, False), (jnp.bfloat16, 20, False)],
+)
+def test_gpus_run_cudnns_kernel_where_it_takes_the_operands(monkeypatch, dtype, head_dim, fused):
+    asked = []
+
+    def instead(*args, implementation):
+        asked.append(implementation)
+        with jax.numpy_dtype_promotion("standard"):  # jax's own way on XLA wants it for bfloat16
+            return fused_attention(*args, implementation="xla")
+
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(module, "fused_attention", instead)
+    q, k, v = (x.astype(dtype) for x in operands(20, 20, 4, 2, head_dim))
+    out = attention(q, k, v, Causal(segments(20)))
+    assert asked == (["cudnn"] if fused else [])
+    expected = xla_attention(q, k, v, Causal(segments(20)).dense(20))
+    np.testing.assert_allclose(out.astype("float32"), expected.astype("float32"), atol=0.02)
+
+
+@pytest.mark.parametrize("way", ["fused", "xla"])
+def test_what_attention_gives_is_kept_by_the_policies_that_name_it(way, capsys):
+    """Of any back end: without the name it would be computed again backwards."""
+    q, k, v = operands(8, 8, 2, 2, 8)
+
+    def run(q, k, v):
+        if way == "xla":
+            return jnp.sum(xla_attention(q, k, v) ** 2)
+        return jnp.sum(fused_attention(q, k, v, implementation="xla") ** 2)
+
+    policy = REMAT_POLICIES["save_attention"]
+    print_saved_residuals(jax.checkpoint(run, policy=policy), q, k, v)
+    assert "named 'attention'" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])  # 1 does not divide over the tensor axis
