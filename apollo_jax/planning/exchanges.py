@@ -18,6 +18,7 @@ from apollo_jax.planning.hlo_module import Instruction, Module, shapes, size
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 GATHER_BY_REDUCE = "all-gather by all-reduce"
+OPTIMIZER = "optimizer"  # the scope of its operations, which the train step opens
 _COPIES = ("bitcast", "copy", "copy-start", "copy-done")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"  # [2,4]T(1,0)
 
@@ -29,6 +30,7 @@ class Exchange(NamedTuple):
     bytes: float
     group: tuple[int, ...]  # places in the mesh of one slice; () between slices
     slices: int = 1  # that take part
+    optimizer: bool = False  # whether the optimizer makes it, not model or loss
 
 
 Computation = dict[str, Instruction]
@@ -109,13 +111,16 @@ def _exchange(
     if i.opcode.endswith("-start") and kind != "all-reduce":  # (operands, results, ...)
         half = len(i.operands)
         whole = sum(size(f"{d}[{','.join(map(str, n))}]") for d, n in arrays[half : 2 * half])
+    scopes = re.search(r'op_name="([^"]*)"', i.attributes)
+    optimizer = scopes is not None and OPTIMIZER in scopes[1].split("/")
     users = [u.opcode for u in around.values() if i.name in u.operands]
     if kind == "all-reduce" and fused and "dynamic-slice" in users:
-        return Exchange("reduce-scatter", whole * (1 - 1 / len(group)), group)
+        sent = whole * (1 - 1 / len(group))
+        return Exchange("reduce-scatter", sent, group, optimizer=optimizer)
     sent = _share(kind, whole, len(group))
     if kind == "all-reduce" and _sums_parts(module, around, i):
         kind = GATHER_BY_REDUCE
-    return Exchange(kind, sent, group)
+    return Exchange(kind, sent, group, optimizer=optimizer)
 
 
 def _share(kind: str, whole: float, members: int) -> float:

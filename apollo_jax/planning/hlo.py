@@ -189,7 +189,8 @@ class _Player:
             if exchange.group
             else (next(iter(self.mesh)),)
         )
-        row = self.rows[exchange.kind, axes, network]
+        kind = exchange.kind + (" of the optimizer" if exchange.optimizer else "")
+        row = self.rows[kind, axes, network]
         row[0] += times
         row[1] += times * exchange.bytes
         row[3] += times * seconds

@@ -236,7 +236,8 @@ def make_update(
             metrics |= norm_noise.norm_estimates(rows)
         metrics |= norms("grad_norm", grads)  # before clipping
         metrics |= {f"learning_rate/{c}": s(count) for c, s in schedules.items()}
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        # The plan tells its exchanges by this scope; optax raises floats to integer powers.
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = tx.update(grads, opt_state, params, step=count)
         params = optax.apply_updates(params, updates)
         moved = norms("update_norm", updates)
