@@ -15,6 +15,10 @@ shape. What a step costs in Python is the matter of step_overhead.py.
     args, temp   GiB per chip, as the compiler reports them
     TFLOP        of the products and kernels that run, per chip and step, counted in both optimised
                  programs by planning/hlo.py
+    plain %      of the time that the chip works at its peak rates: what is no product and no
+                 attention kernel, that is norms, activations, rotations, copies and the optimizer,
+                 as far as the compiler has not fused them into products. A kernel of our own for
+                 SwiGLU or norms could save no more
     CPU-s        of the whole process: imports, tracing, compilation
 """
 
@@ -66,11 +70,12 @@ class Result:
     arguments: float
     temporaries: float
     tflop: float | None
+    plain: float | None  # percent
     cpu_seconds: float
 
 
 # MaxText with its defaults, August 2026; release 0.2.5 gives the same GiB, and the TFLOP.
-REFERENCE = {Shape(): Result(1.33, 7.46, 502.0, 96.0)}
+REFERENCE = {Shape(): Result(1.33, 7.46, 502.0, None, 96.0)}
 
 
 def decoder_only(shape: Shape, remat: str) -> Experiment:
@@ -106,9 +111,16 @@ def ours(shape: Shape, remat: str) -> Result:
     use_compiler_only()
     compiled = ahead_of_time.compile_step(decoder_only(shape, remat), parse(shape.topology))
     memory = compiled.memory
-    flops = compiled.totals.flops / 1e12 if compiled.totals else None
     held = memory.params + memory.moments + memory.batch
-    return Result(held / _GIB, memory.temporaries / _GIB, flops, compiled.cpu_seconds)
+    sizes = held / _GIB, memory.temporaries / _GIB
+    return Result(*sizes, *_work(compiled.totals), compiled.cpu_seconds)
+
+
+def _work(totals: hlo.Totals | None) -> tuple[float | None, float | None]:
+    """TFLOP, and the share of the time that goes into what is no product, in percent."""
+    if totals is None:
+        return None, None
+    return totals.flops / 1e12, 100 * totals.plain_seconds / totals.work_seconds
 
 
 def maxtext(python: Path, shape: Shape) -> Result:
@@ -139,11 +151,11 @@ def maxtext(python: Path, shape: Shape) -> Result:
         said = _say([*command, *(f"{k}={v}" for k, v in settings.items())])
         seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
         program = Module(ahead_of_time.optimised(f"{folder}/dump"))
-    flops = hlo.totals(program, {"fsdp": parse(shape.topology).chips}).flops / 1e12
+    totals = hlo.totals(program, {"fsdp": parse(shape.topology).chips})
     argument, temporary = (
         int(re.findall(rf"\b{kind}_size_in_bytes=(\d+)", said)[-1]) for kind in ("argument", "temp")
     )
-    return Result(argument / _GIB, temporary / _GIB, flops, seconds)
+    return Result(argument / _GIB, temporary / _GIB, *_work(totals), seconds)
 
 
 def libtpu_of(python: Path) -> str:
@@ -194,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     shape = Shape(args.model, args.topology, args.tokens, args.layers)
     peer = maxtext(args.maxtext, shape) if args.maxtext else REFERENCE.get(shape)
-    columns = ("args GiB", "temp GiB", "TFLOP", "CPU-s")
+    columns = ("args GiB", "temp GiB", "TFLOP", "plain %", "CPU-s")
     own = metadata.version("libtpu")
     print(f"{'libtpu ' + own:<{_NAMES}}" + "".join(f"{c:>10}{'':>8}" for c in columns))
     found: dict[str, Any] = {"shape": asdict(shape), "libtpu": own}

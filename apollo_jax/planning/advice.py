@@ -10,14 +10,11 @@ from typing import NamedTuple
 from apollo_jax.config import Experiment
 from apollo_jax.planning.ahead_of_time import Compiled
 from apollo_jax.planning.buffers import EXCHANGED, SAVED
+from apollo_jax.planning.hlo_module import LOSS
 from apollo_jax.planning.topology import Topology
 
 _GIB = 2**30
-_DECODER = ("qwen2", "ring_attention", "attention")
-_VISION = (
-    *("vision_tower", "siglip", "siglip2", "internvideo2", "dinov2", "videomae", "vjepa", "vjepa2"),
-    *("languagebind", "clip", "pixels", "connectors"),
-)
+_DECODER = ("qwen2", "ring_attention", "splash_attention", "attention")
 _WORTH_SAYING = 0.02  # of the memory
 
 
@@ -48,9 +45,10 @@ def lines(
 def _changes(compiled: Compiled, experiment: Experiment, mesh: dict[str, int]) -> list[Advice]:
     data, train, buffers = experiment.data, experiment.train, compiled.buffers
     rows = data.batch_size // (mesh["data"] * mesh["fsdp"])
-    decoder = sum(b.bytes for b in buffers if b.part in _DECODER and b.kind != EXCHANGED)
-    vision = sum(b.bytes for b in buffers if b.part in _VISION and b.kind != EXCHANGED)
-    logits = sum(b.bytes for b in buffers if b.part == "losses")
+    of_rows = [b for b in buffers if b.part and b.kind != EXCHANGED]
+    decoder = sum(b.bytes for b in of_rows if b.part in _DECODER)
+    logits = sum(b.bytes for b in of_rows if b.part in LOSS)
+    vision = sum(b.bytes for b in of_rows) - decoder - logits  # encoders and connector
     saved = sum(b.bytes for b in buffers if b.kind == SAVED)
     shared = mesh["fsdp"] * mesh["tensor"]
     memory = compiled.memory

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles an experiment's real train step for a TPU topology, on a machine without one."""
 
+import multiprocessing
+import os
 import re
 import tempfile
 import time
@@ -14,10 +16,10 @@ import numpy as np
 from apollo_jax import sharding
 from apollo_jax.config import Experiment
 from apollo_jax.planning import flops, hlo, layout_only
-from apollo_jax.planning.buffers import Buffer, at_peak
+from apollo_jax.planning.buffers import GAPS, Buffer, at_peak
 from apollo_jax.planning.hlo_module import Module
 from apollo_jax.planning.rates import Rates
-from apollo_jax.planning.topology import Topology
+from apollo_jax.planning.topology import Topology, use_compiler_only
 from apollo_jax.training import accumulate, losses, stages
 from apollo_jax.training.state import HOST, TrainState, abstract_model, merge, split
 from apollo_jax.training.step import batch_sums, build
@@ -68,11 +70,12 @@ class Compiled:
 
     @property
     def temporaries(self) -> dict[str, int]:
-        """Bytes at the peak by purpose, the largest first."""
+        """Bytes at the peak by purpose, the largest first; what is left are padding and gaps."""
         kinds: dict[str, int] = {}
         for buffer in self.buffers:
             kinds[buffer.kind] = kinds.get(buffer.kind, 0) + buffer.bytes
-        return dict(sorted(kinds.items(), key=lambda item: -item[1]))
+        kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
+        return kinds and kinds | {GAPS: max(0, self.memory.temporaries - sum(kinds.values()))}
 
 
 def abstract_batch(experiment: Experiment, mesh: Any) -> Batch:
@@ -97,19 +100,11 @@ def compile_step(experiment: Experiment, topology: Topology, code: bool = True) 
     Without `code` it takes a tenth of the time and `memory.code` is 0, see layout_only.
     Raises ValueError for a mesh or batch that does not divide, and for a fault of the compiler.
     """
-    mesh = sharding.make_mesh(experiment.mesh, topology.devices())
-    program = build(experiment, mesh)  # before the mesh is set: it computes a few constants
-    batch = abstract_batch(experiment, mesh)
     others = experiment.train.ramp.most - 1
-    gradients = others > 0 and accumulate.shapes_of(program.abstract).grads
-    held = _held(program.abstract, batch, gradients)
-    with jax.set_mesh(mesh):
-        last = program.lower(batch, others > 0)
-    step = _compiled(last, held, mesh, topology, code)
     if not others:
-        return step
-    with jax.set_mesh(mesh):
-        add = _compiled(program.lower_add(batch), held, mesh, topology, code)
+        return _program(experiment, topology, code)
+    step = (_program if code else _apart)(experiment, topology, code)
+    add = _program(experiment, topology, code, add=True)
     larger = max(step, add, key=lambda c: (not c.fits, c.memory.peak))
     totals = None
     if step.totals and add.totals:
@@ -120,9 +115,50 @@ def compile_step(experiment: Experiment, topology: Topology, code: bool = True) 
         memory=replace(larger.memory, code=step.memory.code + add.memory.code),
         totals=totals,
         seconds=step.seconds + add.seconds,
-        cpu_seconds=add.cpu_seconds,
+        cpu_seconds=add.cpu_seconds if code else step.cpu_seconds + add.cpu_seconds,
         note=step.note or add.note,
     )
+
+
+def _program(experiment: Experiment, topology: Topology, code: bool, add: bool = False) -> Compiled:
+    """The program of an update, or the one that adds a microbatch to those before it."""
+    mesh = sharding.make_mesh(experiment.mesh, topology.devices())
+    program = build(experiment, mesh)  # before the mesh is set: it computes a few constants
+    batch = abstract_batch(experiment, mesh)
+    several = experiment.train.ramp.most > 1
+    gradients = several and accumulate.shapes_of(program.abstract).grads
+    held = _held(program.abstract, batch, gradients)
+    with jax.set_mesh(mesh):
+        lowered = program.lower_add(batch) if add else program.lower(batch, several)
+        return _compiled(lowered, held, mesh, topology, code)
+
+
+def _apart(experiment: Experiment, topology: Topology, code: bool) -> Compiled:
+    """`_program` in a process of its own: what layout_only leaves behind there ends with it."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_program, args=(sender, experiment, topology, code))
+    process.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError as error:
+        process.join()
+        raise ValueError(_fault(f"exit code {process.exitcode}", tried=False)) from error
+    finally:
+        process.kill()
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _send_program(sender: Any, experiment: Experiment, topology: Topology, code: bool) -> None:
+    use_compiler_only()
+    try:
+        sender.send(_program(experiment, topology, code))
+    except ValueError as error:
+        sender.send(error)
+    os._exit(0)  # not waiting for the compiler
 
 
 def _compiled(
@@ -147,7 +183,7 @@ def _compiled(
 
 
 def _compile(lowered: Any, folder: str, code: bool = True) -> tuple[Any, int, str]:
-    """(the program or None, bytes of temporaries where they exceed the memory, flags it took).
+    """(the program or None, bytes that it needs where they exceed the memory, flags it took).
 
     The compiler's reports are left in the folder. Where it fails of itself in a way that is known,
     it is asked once more for a plainer program. ValueError where that does not help.
@@ -240,7 +276,8 @@ def _held(state: TrainState, batch: Batch, accumulated: Any) -> dict[str, int]:
 def _memory(held: dict[str, int], compiled: Any, too_large: int) -> Memory:
     stats = compiled and compiled.memory_analysis()
     held = held | {
-        "temporaries": stats.temp_size_in_bytes if stats else too_large,
+        # the compiler's "HLO temporaries" that are too large are its arguments too
+        "temporaries": stats.temp_size_in_bytes if stats else too_large - sum(held.values()),
         "code": stats.generated_code_size_in_bytes if stats else 0,
     }
     peak = stats.peak_memory_in_bytes if stats else 0

@@ -9,6 +9,7 @@ is born and dies: before, during or after the backward pass.
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from apollo_jax.planning.exchanges import KINDS
@@ -20,8 +21,9 @@ GRADIENTS = "gradients"
 EXCHANGED = "gathered or summed over chips"
 FORWARD = "working memory, forward"
 BACKWARD = "working memory, backward"
+GAPS = "padding and gaps"  # what the temporaries take beyond the buffers
 _VALUE = re.compile(
-    r" value: <\d+ ([\w.\-]+)(?:\{([\d,]*)\})?( \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
+    r" value: <\d+ ([\w.\-]+)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\): (.*)"
 )
 _LIVES = re.compile(r"    ([\w.\-]+)\{([\d,]*)\}:(\d+)-(\d+)$")
 _MADE_AT = re.compile(r"    (\d+):([\w.\-]+)$")
@@ -49,7 +51,10 @@ class _Value:
     type: str
     born: int
     dies: int
-    phi: bool  # carried by a loop
+
+    @property
+    def shape(self) -> str:
+        return re.sub(r"\{[^}]*\}", "", self.type)
 
 
 def at_peak(folder: str | Path, module: Module) -> list[Buffer]:
@@ -67,14 +72,13 @@ def at_peak(folder: str | Path, module: Module) -> list[Buffer]:
         slots[value.slot].append(value)
     peak = _fullest(slots)
     found = []
-    for slot, held in slots.items():
+    for (_, size), held in slots.items():
         value = next((v for v in held if v.born <= peak <= v.dies), None)
         if value is not None:
-            born, dies = _life(value, held)
-            kind = _kind(value, born, dies, first, last)
-            source, part = _origin(module, value.instruction)
-            shape = re.sub(r"\{[^}]*\}", "", value.type)
-            found.append(Buffer(slot[1], shape, kind, source, part))
+            array = _array(value, held)
+            kind = _kind(value, array[0].born, max(v.dies for v in array), first, last)
+            source, part = _origin(module, [v.instruction for v in (value, *array)])
+            found.append(Buffer(size, value.shape, kind, source, part))
     return sorted(found, key=lambda b: -b.bytes)
 
 
@@ -91,17 +95,21 @@ def _backward(module: Module, sequence: list[tuple[int, str]]) -> tuple[int, int
     return (min(times), max(times)) if times else (len(sequence), len(sequence))
 
 
-def _origin(module: Module, i: Instruction | None) -> tuple[str, str]:
-    """(source, part) of what made a buffer, else of what uses it, else of what it is made of."""
-    if i is None:
-        return "", ""
-    around = next(c for c in module.computations.values() if c.get(i.name) is i)
-    near = [u for u in around.values() if i.name in u.operands]
-    near += [around[o] for o in i.operands if o in around]
-    for candidate in (i, *near):
+def _origin(module: Module, made: list[Instruction | None]) -> tuple[str, str]:
+    """(source, part) of the first of those that made an array, else of those around them."""
+    known = [i for i in made if i is not None]
+    near = (n for i in known for n in _neighbours(module, i))
+    for candidate in chain(known, near):
         if source := module.source(candidate):
             return source, module.part(candidate)
     return "", ""
+
+
+def _neighbours(module: Module, i: Instruction) -> list[Instruction]:
+    """What uses an instruction, then what it is made of."""
+    around = next(c for c in module.computations.values() if c.get(i.name) is i)
+    users = [u for u in around.values() if i.name in u.operands]
+    return users + [around[o] for o in i.operands if o in around]
 
 
 def _live_ranges(text: str) -> tuple[dict[str, tuple[int, int]], list[tuple[int, str]]]:
@@ -125,11 +133,11 @@ def _values(text: str, lives: dict[str, tuple[int, int]], module: Module) -> lis
         if line.startswith("allocation"):
             inside = "preallocated-temp" in line and "color" not in line
         elif inside and (found := _VALUE.match(line)):
-            name, index, phi, size, offset, kind = found.groups()
+            name, index, size, offset, kind = found.groups()
             life = lives.get(f"{name}{{{index or ''}}}")
             if life is not None:
                 slot = int(offset), int(size)
-                values.append(_Value(by_name.get(name), slot, kind, *life, phi=bool(phi)))
+                values.append(_Value(by_name.get(name), slot, kind, *life))
     return values
 
 
@@ -159,16 +167,22 @@ def _fullest(slots: dict[tuple[int, int], list[_Value]]) -> int:
     return peak
 
 
-def _life(value: _Value, held: list[_Value]) -> tuple[int, int]:
-    """From when to when the contents of a slot go on through the loops that carry them."""
-    born, dies = value.born, value.dies
-    for other in sorted(held, key=lambda v: v.born):
-        if other.phi and other.born <= dies + 1 and other.dies > dies:
-            dies = other.dies
-    for other in sorted(held, key=lambda v: -v.dies):
-        if (other.phi or value.phi) and other.dies >= born - 1 and other.born < born:
-            born = other.born
-    return born, dies
+def _array(value: _Value, held: list[_Value]) -> list[_Value]:
+    """The values of a slot that are one array to the program, in the order of their birth.
+
+    What a loop over layers keeps is allocated before it, carried by it, updated in it and handed
+    on, each a value of its own, born when the one before it is last used. What has nothing to do
+    with it comes into the slot later.
+    """
+    array, dies = [], 0
+    for other in sorted((v for v in held if v.shape == value.shape), key=lambda v: v.born):
+        if other.born > dies:
+            if value in array:
+                break
+            array = []
+        array.append(other)
+        dies = max(dies, other.dies)
+    return array
 
 
 def _kind(value: _Value, born: int, dies: int, first: int, last: int) -> str:

@@ -47,6 +47,7 @@ class Totals:
     collectives: list[Collective] = field(default_factory=list)
     hbm_bytes: float = 0.0  # read and written in main memory
     work_seconds: float = 0.0  # FLOPs or traffic, instruction by instruction
+    plain_seconds: float = 0.0  # of them without products: norms, activations, copies, optimizer
     seconds: float = 0.0  # with what is waited for
 
 
@@ -90,6 +91,7 @@ def together(parts: Sequence[tuple[Totals, int]]) -> Totals:
         collectives=sorted(found, key=lambda c: -c.bytes),
         hbm_bytes=sum(n * t.hbm_bytes for t, n in parts),
         work_seconds=sum(n * t.work_seconds for t, n in parts),
+        plain_seconds=sum(n * t.plain_seconds for t, n in parts),
         seconds=sum(n * t.seconds for t, n in parts),
     )
 
@@ -179,6 +181,7 @@ class _Player:
             return
         seconds = max(cost.flops / self.rates.flops, cost.bytes / self.rates.hbm)
         self.total.work_seconds += times * seconds
+        self.total.plain_seconds += 0.0 if cost.flops else times * seconds
         self.clock += seconds
 
     def _start(self, key: str, exchange: Exchange, times: float) -> None:

@@ -20,7 +20,9 @@ _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
 # Functions that stand between a model's layer and the operation: the caller says more.
 _GO_BETWEENS = ("layers.py", "sharding.py")
 _OURS = ("models", "training")
-_WHOLE = ("step", "apollo")  # files that call the parts
+# What is a part of the model: the loss, and the files of models/ but for the whole and helpers.
+LOSS = ("losses", "linear_cross_entropy", "shared_table")
+_NO_PARTS = ("apollo", "layers")
 
 
 @dataclass(frozen=True)
@@ -111,10 +113,13 @@ class Module:
         return f"{named[0][0].name}:{named[0][1]} {named[0][2]}" if named else ""
 
     def part(self, i: Instruction) -> str:
-        """The part of the model that an operation belongs to: "qwen2", "siglip", "losses", ..."""
-        frames = [f[0].stem for f in self._frames(i) if f[0].name not in _GO_BETWEENS]
-        inner = [name for name in frames if name not in _WHOLE]
-        return inner[-1] if inner else (frames[0] if frames else "")
+        """The part of the model that an operation belongs to: "qwen2", "vision_tower", "losses".
+
+        Its outermost frame in a part's file, whoever calls the part; "" outside of all parts.
+        """
+        files = [file for file, *_ in self._frames(i) if file.stem not in _NO_PARTS]
+        parts = [f.stem for f in files if f.stem in LOSS or f.parent.name == "models"]
+        return parts[-1] if parts else ""
 
     def _frames(self, i: Instruction) -> list[tuple[PurePath, int, str]]:
         """(file, line, function) of this project, the innermost first."""

@@ -13,7 +13,8 @@ PROGRAM = """HloModule step, num_partitions=64
 ENTRY %main (a: f32[16,32], b: f32[32,16]) -> f32[16,16] {
   %a = f32[16,32]{1,0} parameter(0)
   %b = f32[32,16]{1,0} parameter(1)
-  ROOT %d = f32[16,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d = f32[16,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %n = f32[16,16]{1,0} negate(%d)
 }
 """
 PEER = """#!{python}
@@ -61,6 +62,8 @@ def test_the_peer_is_run_and_read(bench, tmp_path):
     found = bench.maxtext(python, bench.Shape())
     assert (found.arguments, found.temporaries) == (1.0, 2.0)
     assert found.tflop == 2 * 16 * 32 * 16 / 1e12
+    product, plain = 2 * 16 * 32 + 16 * 16, 2 * 16 * 16  # elements moved: both are bound by memory
+    assert found.plain == pytest.approx(100 * plain / (product + plain))
     assert found.cpu_seconds > 0
     python.write_text(f"#!{sys.executable}\nimport sys\nprint('no such model')\nsys.exit(1)\n")
     with pytest.raises(RuntimeError, match="no such model"):
@@ -69,8 +72,8 @@ def test_the_peer_is_run_and_read(bench, tmp_path):
 
 def test_a_row_has_ratios_to_the_peer(bench):
     peer = bench.REFERENCE[bench.Shape()]
-    ours = bench.Result(1.33, peer.temporaries / 2, 500.0, 48.0)
+    ours = bench.Result(1.33, peer.temporaries / 2, 502.0, 3.9, 48.0)
     assert bench.row("ours", ours, peer).split()[1:] == [
-        "1.33", "1.00x", "3.73", "0.50x", "500.00", "1.00x", "48.00", "0.50x",
+        "1.33", "1.00x", "3.73", "0.50x", "502.00", "1.00x", "3.90", "-", "48.00", "0.50x",
     ]  # fmt: skip
     assert "x" not in bench.row("Us", ours, None)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What lies in memory at the peak, read from a dump as the compiler writes it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import pytest
 from apollo_jax.planning import buffers
 from apollo_jax.planning.hlo_module import Module
 
+# Cut from the dump of configs/apollo_1p5b.py:sft,v5p-128: what the scan over the decoder's layers
+# keeps is allocated before the vision encoders run, one of whose padded arrays lives meanwhile.
+SCAN_OUTPUT = Path(__file__).parents[2] / "fixtures/hlo/scan_output"
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (a: f32[8,8]) -> f32[8,8] {
@@ -58,6 +62,25 @@ def test_the_fullest_moment(tmp_path, longer, kinds):
         sums[b.kind] = sums.get(b.kind, 0) + b.bytes
     assert sums == kinds
     assert {b.shape for b in found} == {"f32[8,8]"}
+
+
+@pytest.mark.parametrize(
+    ("peak", "kind", "source"),
+    [
+        ("628-639", buffers.FORWARD, "qwen2.py:206 Block.__call__"),
+        ("1738-1738", buffers.BACKWARD, "qwen2.py:278 Qwen2.__call__"),
+    ],
+)
+def test_what_a_loop_keeps_is_one_array_from_its_allocation_on(tmp_path, peak, kind, source):
+    """Though no more than allocated in the first case, and the loop's result in the second."""
+    folder = shutil.copytree(SCAN_OUTPUT, tmp_path / "dump")
+    lives = folder / "update-live-range.txt"
+    lives.write_text(lives.read_text().replace("pad.370{}:628-639", f"pad.370{{}}:{peak}"))
+    kept, pad = buffers.at_peak(folder, Module((folder / "update.txt").read_text()))
+    assert (kept.kind, pad.kind) == (buffers.SAVED, kind)
+    assert (kept.bytes, kept.shape) == (28 * 16384 * 8960 * 2, "bf16[28,1,16384,8960]")
+    assert (kept.source, pad.source) == (source, "splash_attention.py:141 padded")
+    assert (kept.part, pad.part) == ("qwen2", "siglip")
 
 
 def test_without_a_dump_nothing_is_said(tmp_path):

@@ -119,6 +119,31 @@ def test_operations_know_where_they_were_written():
     assert module.source(module.computations["main"]["start"]) == ""
 
 
+@pytest.mark.parametrize(
+    ("files", "part"),
+    [
+        ("training/step training/accumulate models/apollo models/qwen2 models/attention", "qwen2"),
+        ("training/step training/new models/apollo models/vision_tower models/siglip models/layers",
+         "vision_tower"),
+        ("training/step training/losses training/linear_cross_entropy", "losses"),
+        ("training/step training/optimizer", ""),
+        ("training/step models/apollo models/layers", ""),
+    ],
+)  # fmt: skip
+def test_the_part_is_the_outermost_whoever_calls_it(files, part):
+    rows = list(enumerate(files.split(), 1))
+    tables = {
+        "FileNames": [f'{n} "/somewhere/apollo_jax/{file}.py"' for n, file in rows],
+        "FunctionNames": ['1 "f"'],
+        "FileLocations": [f"{n} {{file_name_id={n} function_name_id=1 line=1}}" for n, _ in rows],
+        "StackFrames": [f"{n} {{file_location_id={n} parent_frame_id={n}}}" for n, _ in rows],
+    }
+    lines = [line for name, table in tables.items() for line in (name, *table)]
+    made = f"  %x = f32[] constant(0), metadata={{stack_frame_id={len(rows)}}}"
+    module = Module("\n".join([*lines, "ENTRY %main () -> f32[] {", made, "}"]))
+    assert module.part(module.computations["main"]["x"]) == part
+
+
 def test_attention_kernels_are_counted():
     text = TPU_LOOP.replace("%k = ", "%splash_mha_fwd_segmented.3 = ")
     whole = 2 * 2 * 2 * 256 * 256 * 128  # two products of 2 heads
@@ -159,8 +184,8 @@ def test_no_module():
 def test_programs_one_after_the_other():
     gather = hlo.Collective("all-gather", ("fsdp",), 2, 8.0, 4.0, "ici", 0.5, 0.25)
     reduce = hlo.Collective("all-reduce", ("data",), 1, 64.0, 0.0, "dcn", 1.0, 1.0)
-    last = hlo.Totals(10.0, 1.0, {"a"}, [gather, reduce], 100.0, 1.0, 2.0)
-    others = hlo.Totals(20.0, 2.0, {"b"}, [gather], 200.0, 1.5, 3.0)
+    last = hlo.Totals(10.0, 1.0, {"a"}, [gather, reduce], 100.0, 1.0, seconds=2.0)
+    others = hlo.Totals(20.0, 2.0, {"b"}, [gather], 200.0, 1.5, seconds=3.0)
     whole = hlo.together([(last, 1), (others, 3)])
     assert (whole.flops, whole.kernel_flops, whole.hbm_bytes) == (70.0, 7.0, 700.0)
     assert (whole.work_seconds, whole.seconds) == (5.5, 11.0)
