@@ -55,39 +55,47 @@ class MeshConfig:
     sparse_cores: bool = True  # exchange beside the products, on chips that have such cores
 
 
-def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """Axis -> devices, -1 filled in. ValueError, with the nearest that work, for another number."""
+def mesh_sizes(config: MeshConfig, devices: int, slices: int = 1) -> dict[str, int]:
+    """Axis -> devices, -1 filled in. ValueError, with the nearest that work, for what does not.
+
+    `slices` lie along `data`.
+    """
     asked = {axis: getattr(config, axis) for axis in MESH_AXES}
     free = [axis for axis, size in asked.items() if size == -1]
     fixed = {axis: size for axis, size in asked.items() if size != -1}
-    if len(free) > 1 or any(size < 1 for size in fixed.values()):
-        raise ValueError(f"mesh {config}: axes must be positive, at most one -1")
-    sizes = asked | {axis: max(1, devices // math.prod(fixed.values())) for axis in free}
-    if math.prod(sizes.values()) != devices:
-        every = meshes.every(devices, MESH_AXES)
-        raise ValueError(
-            f"mesh {meshes.text(fixed)} on {devices} devices does not use each of them once; "
-            f"nearest that work: {meshes.listed(meshes.nearest(fixed, every))}"
-        )
-    return sizes
+    named = {axis: f"config.mesh.{axis}={size}" for axis, size in asked.items()}
+    sizes = asked | {axis: max(1, devices // max(1, math.prod(fixed.values()))) for axis in free}
+    if wrong := [named[axis] for axis, size in fixed.items() if size < 1]:
+        why = f"{', '.join(wrong)}: an axis has one device or more, or -1 for what is left"
+    elif len(free) > 1:
+        why = f"{', '.join(named[axis] for axis in free)}: at most one axis takes what is left"
+    elif math.prod(sizes.values()) != devices:
+        why = f"mesh {meshes.text(fixed)} on {devices} devices does not use each of them once"
+    elif sizes["data"] % slices:
+        why = f"mesh data={sizes['data']} does not divide over {slices} slices, which lie along it"
+    else:
+        return sizes
+    every = (mesh for mesh in meshes.every(devices, MESH_AXES) if mesh["data"] % slices == 0)
+    near = meshes.nearest(fixed, every)
+    raise ValueError(f"{why}; nearest that work: {meshes.listed(near)}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of MESH_AXES over `devices` (default: all). ValueError if they do not fit."""
     devices = jax.devices() if devices is None else devices
-    shape = list(mesh_sizes(config, len(devices)).values())
+    shape = list(mesh_sizes(config, len(devices), slice_count(devices)).values())
     return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """How many slices, which only the data-centre network joins, the devices are of."""
+    return len({getattr(d, "slice_index", 0) for d in devices})
 
 
 def _arrange(shape: list[int], devices: Sequence[Any]) -> np.ndarray:
     """The devices in mesh order: neighbours along an axis are neighbours in the machine."""
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slice_count(devices)
     if slices > 1:
-        if shape[0] % slices:
-            raise ValueError(
-                f"mesh.data={shape[0]} does not divide over {slices} slices, which lie along it; "
-                f"set mesh.data to a multiple of {slices}"
-            )
         within = [shape[0] // slices, *shape[1:]]
         across = [slices, *[1] * (len(shape) - 1)]
         return mesh_utils.create_hybrid_device_mesh(

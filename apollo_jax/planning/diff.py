@@ -70,7 +70,11 @@ def read(path: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(facts, dict) or "memory" not in facts or "mesh" not in facts:
+    try:
+        whole = {"fits", "memory", "mesh"} <= facts.keys() and not changes(facts, facts)
+    except (KeyError, TypeError, AttributeError):  # something in it is not what a plan has there
+        whole = False
+    if not whole:
         raise ValueError(f"{path} holds no plan; write one with apollo-jax plan ... --json {path}")
     return facts
 

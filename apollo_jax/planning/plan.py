@@ -7,6 +7,7 @@ the plan cannot know: how far a real run stays behind the bound.
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -27,12 +28,11 @@ from apollo_jax.planning.ahead_of_time import (
     compile_step,
     model_flops,
 )
-from apollo_jax.planning.show import show
+from apollo_jax.planning.show import show, writable
 from apollo_jax.planning.topology import SLICES, Topology, parse, use_compiler_only
 from apollo_jax.training import checks
 from data_pipeline.frame_shard_writer import write_atomic
 
-SAMPLES_PER_STEP = 256  # of the published recipe: its stages last samples // 256 steps
 # Frames that a CPU-second of the data pipeline gives, the slowest of docs/data.md's table.
 FRAMES_PER_CPU_SECOND = {"yuv420": 3900, "rgb": 2400}
 ASSUMPTIONS = (
@@ -59,6 +59,7 @@ class Plan:
     frames: int
     config: Experiment
     price: float = 0.0  # USD per chip and hour; 0 = not asked
+    samples_per_row: float = 0.0  # that packing gives; 0 = not known
     input_bytes: int = 0  # of a step's batches, all chips
     microbatches: int = 1  # of a step; with a ramp of the largest, as all that is per step
 
@@ -170,20 +171,28 @@ class Plan:
         }
 
     def _cost(self) -> dict[str, float]:
-        """USD at the bound. A step is 256 samples: the published recipe's, however it is packed."""
+        """USD at the bound; of samples only where it is known how many are packed into a row."""
         step, train = self.step_seconds / 3600 * self.topology.chips * self.price, self.config.train
-        return {
+        cost = {
             "usd_per_chip_hour": self.price,
             "usd_per_step": step,
             "usd_per_million_rows": step / self.rows * 1e6,
             "usd_per_billion_tokens": step / self.tokens * 1e9,
-            "samples_per_step": SAMPLES_PER_STEP,
-            "usd_per_million_samples": step / SAMPLES_PER_STEP * 1e6,
             "usd_of_the_run": step * train.ramp.before(train.num_steps) / self.microbatches,
         }
+        if not self.samples_per_row:
+            return cost
+        samples = self.samples_per_row * self.rows
+        return cost | {"samples_per_step": samples, "usd_per_million_samples": step / samples * 1e6}
 
 
-def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: bool = True) -> Plan:
+def plan(
+    experiment: Experiment,
+    topology: Topology,
+    price: float = 0.0,
+    code: bool = True,
+    samples_per_row: float = 0.0,
+) -> Plan:
     """Compiles the experiment for the topology; `price` in USD per chip and hour.
 
     Without `code` the compiler is left before the machine code, see layout_only.
@@ -192,7 +201,7 @@ def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: b
     """
     mesh = sharding.make_mesh(experiment.mesh, topology.devices())
     data = experiment.data
-    checks.layout(experiment, mesh.shape)
+    checks.layout(experiment, mesh.shape, checks.Machine(topology.slices, tpu=True))
     shapes = jax.tree.leaves(abstract_batch(experiment, mesh))
     size = sum(int(np.prod(s.shape, dtype=np.int64)) * s.dtype.itemsize for s in shapes)
     count = experiment.train.ramp.most
@@ -208,6 +217,7 @@ def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: b
         frames=rows * data.clips * data.frames_per_clip,
         config=experiment,
         price=price,
+        samples_per_row=samples_per_row,
         input_bytes=count * size,
         microbatches=count,
     )
@@ -221,7 +231,10 @@ def main(argv: list[str]) -> None:
     """
     commands = {"diff": diff.main, "search": search.main, "book": fit_book.main}
     if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+        try:
+            return commands[argv[0]](argv[1:])
+        except ValueError as error:
+            raise ValueError(f"{argv[0]}: {error}") from error
     parser = argparse.ArgumentParser(
         "apollo-jax plan",
         description=main.__doc__,
@@ -233,14 +246,25 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--price", type=float, default=0.0, help="USD per chip and hour")
     parser.add_argument(
+        "--samples-per-row",
+        type=float,
+        default=0.0,
+        metavar="N",
+        help="as apollo-jax data check says; with --price: what a million samples cost",
+    )
+    parser.add_argument(
         "--no-code", action="store_true", help="stop before the machine code: a tenth of the time"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page about it")
     args, rest = parser.parse_known_args(argv)
+    for name, value in (("price", args.price), ("samples-per-row", args.samples_per_row)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"--{name} {value:g} is not possible: above 0, or 0 for not known")
+    writable(args.json, args.html)
     use_compiler_only()
     experiment, topology = load(args.config, parse_overrides(rest)), parse(args.topology)
-    facts = plan(experiment, topology, args.price, not args.no_code).facts()
+    facts = plan(experiment, topology, args.price, not args.no_code, args.samples_per_row).facts()
     show(Console(), facts)
     if args.json:
         write_atomic(args.json, (json.dumps(facts, indent=1) + "\n").encode())

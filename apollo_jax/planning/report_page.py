@@ -8,6 +8,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from apollo_jax.planning.show import flags, starved, too_many
+
 GIB = 2**30
 _STYLE = """
 .bar { display: flex; background: var(--rule); height: 34px; border-radius: 6px; overflow: hidden; }
@@ -15,9 +17,10 @@ _STYLE = """
 .k0 { background: var(--s0); fill: var(--s0); } .k1 { background: #6c9a8b; fill: #6c9a8b; }
 .k2 { background: #8d7bb0; fill: #8d7bb0; } .k3 { background: #c9b458; fill: #c9b458; }
 .k4 { background: var(--s1); fill: var(--s1); } .k5 { background: var(--s2); fill: var(--s2); }
+.k6 { background: #b5776d; fill: #b5776d; }
 .roof { fill: none; stroke: var(--ink); stroke-width: 1.8; }
 """
-_KINDS = ("params", "frozen", "moments", "batch", "temporaries", "code")
+_KINDS = ("params", "frozen", "moments", "batch", "temporaries", "code", "accumulated")
 
 
 def page(facts: Mapping[str, Any], peaks: Mapping[str, float]) -> str:
@@ -48,7 +51,10 @@ def _head(facts: Mapping[str, Any]) -> str:
         f"{facts['batch']['rows']:,} rows and {facts['batch']['tokens']:,} tokens per step.</p>"
     )
     if not facts["fits"]:
-        return f'{title}<p class="wrong">This step does not fit into the memory of the chip.</p>'
+        return (
+            f'{title}<p class="wrong">This step does not fit into the memory of the chip: '
+            f"{too_many(facts) / GIB:.2f} GiB too many.</p>"
+        )
     bound = facts["bound"]
     tiles = [
         (f"{bound['step_seconds']:.3g} s", "step, at least"),
@@ -56,7 +62,7 @@ def _head(facts: Mapping[str, Any]) -> str:
         (f"{facts['memory']['peak'] / facts['hbm_bytes']:.0%}", "of the memory at the peak"),
     ]
     if cost := facts.get("cost"):
-        tiles.append((f"${cost['usd_per_million_samples']:,.0f}", "per million samples"))
+        tiles.append((f"${cost['usd_per_billion_tokens']:,.0f}", "per billion tokens"))
     shown = "".join(
         f'<div class="tile t{i % 3}"><b>{value}</b>{name}</div>'
         for i, (value, name) in enumerate(tiles)
@@ -67,14 +73,14 @@ def _head(facts: Mapping[str, Any]) -> str:
 def _memory(facts: Mapping[str, Any]) -> str:
     memory, hbm = facts["memory"], facts["hbm_bytes"]
     whole = max(hbm, sum(memory[k] for k in _KINDS))
+    kinds = [(n, kind, memory[kind]) for n, kind in enumerate(_KINDS) if memory[kind]]
     parts = "".join(
-        f'<i class="k{n}" style="width:{100 * memory[kind] / whole:.2f}%" '
-        f'title="{kind}: {memory[kind] / GIB:.2f} GiB"></i>'
-        for n, kind in enumerate(_KINDS)
+        f'<i class="k{n}" style="width:{100 * size / whole:.2f}%" '
+        f'title="{kind}: {size / GIB:.2f} GiB"></i>'
+        for n, kind, size in kinds
     )
     legend = "".join(
-        f'<span><i class="k{n}"></i>{kind} {memory[kind] / GIB:.2f}</span>'
-        for n, kind in enumerate(_KINDS)
+        f'<span><i class="k{n}"></i>{kind} {size / GIB:.2f}</span>' for n, kind, size in kinds
     )
     rows = [(kind, f"{size / GIB:.2f}") for kind, size in facts["temporaries_at_peak"].items()]
     largest = [(text, f"{size / GIB:.2f}") for size, text in facts["largest"]]
@@ -100,11 +106,16 @@ def _roofline(facts: Mapping[str, Any], peaks: Mapping[str, float]) -> str:
         ("of which between slices", f"{bound['dcn_seconds']:.4f}"),
         ("the step, at least", f"{bound['step_seconds']:.4f}"),
     ]
+    notes = ""
+    if names := facts["kernels_not_counted"]:
+        notes += f"<p>Not counted, kernels of unknown FLOPs: {escape(', '.join(names))}.</p>"
+    if facts["compiler_flags"]:
+        notes += f"<p>Compiled with {escape(flags(facts))}.</p>"
     return (
         "<h2>Time of a step</h2><p>"
         f"The model needs {facts['model_flops'] / 1e12:,.1f} TFLOP per chip and step; "
         f"{facts['executed_flops'] / 1e12:,.1f} run ({bound['remat_overhead']:.2f}x: recomputation "
-        "and padding).</p>"
+        f"and padding).</p>{notes}"
         f'<div class="pair"><div class="card">{_chart(facts, peaks)}</div>'
         f'<div class="card">{_table(("seconds", ""), rows)}</div></div>'
     )
@@ -174,7 +185,9 @@ def _input(facts: Mapping[str, Any]) -> str:
         ),
     ]
     cost = [(k.replace("_", " "), f"{v:,.4g}") for k, v in facts.get("cost", {}).items()]
-    return f"<h2>What it takes</h2>{_table(('at the bound', ''), [*rows, *cost])}"
+    why = starved(facts)
+    warning = f'<p class="wrong">The hosts cannot feed the chips: {why}.</p>' if why else ""
+    return f"<h2>What it takes</h2>{warning}{_table(('at the bound', ''), [*rows, *cost])}"
 
 
 def _asked(facts: Mapping[str, Any]) -> str:

@@ -3,14 +3,16 @@
 
 From the config's own layout the search walks to neighbours: a prime factor moved from one mesh axis
 to another, the next rematerialisation, half as many rows of twice the length or in twice as many
-microbatches, or the reverse. What arithmetic refuses is never compiled. It goes on from whatever no
-other layout beats in both step time bound and peak memory, and ends when all neighbours of these
-have been looked at.
+microbatches, half the clip slots, or the reverse. What arithmetic refuses is never compiled. It
+goes on from whatever no other layout beats in step time bound, peak memory and clip slots, and ends
+when all neighbours of these have been looked at. Until something fits it goes on from what the
+compiler found to need the least, then from what arithmetic refused.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,17 @@ from apollo_jax.config import Experiment, load
 from apollo_jax.config_values import parse_overrides
 from apollo_jax.planning import jobs
 from apollo_jax.planning.layouts import Layout, Outcome, neighbours, pareto
+from apollo_jax.planning.show import writable
 from apollo_jax.planning.topology import Topology, parse, use_compiler_only
 from apollo_jax.training import checks
 from apollo_jax.training.step import build
+from data_pipeline.frame_shard_writer import write_atomic
 
 _GIB = 2**30
 CODE = 0.25 * _GIB  # room for the machine code, which is not made: 0.1 for a real step
+LATE = "not compiled: the limit of compilations (--limit) was reached"
+FAILED = "the compiler failed"
+_REFUSED = 30  # layouts that arithmetic refuses from which the walk goes on all the same
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -39,6 +46,7 @@ class Arithmetic:
     def __init__(self, experiment: Experiment, topology: Topology):
         self.experiment, self.topology = experiment, topology
         self.divisors = checks.weight_divisors(experiment)
+        self.machine = checks.Machine(topology.slices, tpu=True)
         self.hbm = topology.chip.hbm / topology.chip.devices
         one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
         self.state = build(experiment, one).abstract
@@ -49,16 +57,20 @@ class Arithmetic:
         if layout.length < min(data.length, data.max_clips * data.tokens_per_clip):
             longest = data.max_clips * data.tokens_per_clip
             return Outcome(layout, refused=f"cuts samples: they have up to {longest} visual tokens")
+        if layout.clips < min(data.clips, data.max_clips):
+            return Outcome(layout, refused=f"cuts samples: they have up to {data.max_clips} clips")
+        filled = max(
+            layout.length // data.tokens_per_clip, data.clips * layout.length // data.length
+        )
+        if layout.clips > filled:
+            why = f"has clip slots to spare: the visual tokens of {filled} clips fill its rows"
+            return Outcome(layout, refused=why)
         try:
             experiment = layout.of(self.experiment)
         except ValueError as error:
             return Outcome(layout, refused=str(error).splitlines()[-1].strip())
-        slices, rows = self.topology.slices, layout.sizes["data"]
-        why = next(checks.refusals(experiment, layout.sizes, self.divisors), "")
-        if why or rows % slices:
-            return Outcome(
-                layout, refused=why or f"mesh data={rows} does not divide {slices} slices"
-            )
+        for why in checks.refusals(experiment, layout.sizes, self.divisors, self.machine):
+            return Outcome(layout, refused=why)
         gradients = checks.gradients_held(experiment, self.state)
         needed = checks.on_device(checks.held_bytes(self.state, gradients), layout.sizes)
         if needed > self.hbm:
@@ -109,23 +121,30 @@ def search(
       compiled: the outcomes of some layouts, in any order.
     """
     outcomes: dict[Layout, Outcome] = {}
-    waiting = [start]
+    unfit: dict[Layout, tuple[bool, float]] = {}  # to go on from, the smallest first
+    patience, waiting = _REFUSED, [start]
     while waiting:
         refused = {layout: why for layout in waiting if (why := refusal(layout))}
         run = [layout for layout in waiting if layout not in refused]
-        late = "not compiled: the limit of compilations (--limit) was reached"
-        refused |= {layout: Outcome(layout, refused=late) for layout in run[limit:]}
-        outcomes |= refused | {o.layout: o for o in compiled(run[:limit])}
-        limit -= len(run[:limit])
-        found = dict.fromkeys(n for o in _best(outcomes) for n in neighbours(o.layout))
-        waiting = [layout for layout in found if layout not in outcomes]
+        late = {layout: Outcome(layout, refused=LATE) for layout in run[limit:]}
+        ran = {outcome.layout: outcome for outcome in compiled(run[:limit])}
+        limit -= len(ran)
+        outcomes |= refused | late | ran
+        # What arithmetic knows is a lower bound, so it comes after all that was compiled.
+        unfit |= {layout: (True, why.peak) for layout, why in refused.items() if why.peak}
+        unfit |= {layout: (False, o.peak or math.inf) for layout, o in ran.items() if o.refused}
+        waiting = _new((o.layout for o in pareto(outcomes.values())), outcomes)
+        while not (waiting or late or pareto(outcomes.values())) and unfit and patience:
+            best = min(unfit, key=unfit.__getitem__)
+            patience -= unfit.pop(best)[0]
+            waiting = _new([best], outcomes)
     return outcomes
 
 
-def _best(outcomes: Mapping[Layout, Outcome]) -> list[Outcome]:
-    """The Pareto set; while nothing fits, what needs the least."""
-    known = [o for o in outcomes.values() if o.peak]
-    return pareto(outcomes.values()) or sorted(known, key=lambda o: o.peak)[:1]
+def _new(layouts: Iterable[Layout], known: Mapping[Layout, Outcome]) -> list[Layout]:
+    """The neighbours of some layouts that are not known yet."""
+    found = dict.fromkeys(n for layout in layouts for n in neighbours(layout))
+    return [layout for layout in found if layout not in known]
 
 
 def _too_large(needed: float, hbm: float, what: str) -> str:
@@ -135,7 +154,7 @@ def _too_large(needed: float, hbm: float, what: str) -> str:
 def outcome_of(layout: Layout, facts: Mapping[str, Any] | jobs.Failed) -> Outcome:
     """Reads a plan's facts."""
     if isinstance(facts, jobs.Failed):
-        return Outcome(layout, refused=f"the compiler failed: {facts}")
+        return Outcome(layout, refused=f"{FAILED}: {facts}")
     peak = facts["memory"]["peak"] + CODE
     if not facts["fits"] or peak > facts["hbm_bytes"]:
         largest = facts["largest"][0] if facts["largest"] else (0, "?")
@@ -159,7 +178,7 @@ def explained(outcomes: Mapping[Layout, Outcome]) -> dict[Layout, str]:
 
 
 def main(argv: list[str]) -> None:
-    """Search the mesh, rematerialisation and rows of a recipe for a TPU slice."""
+    """Search the mesh, remat, rows, clips and accumulation of a recipe for a TPU slice."""
     parser = argparse.ArgumentParser(
         "apollo-jax plan search",
         description=main.__doc__,
@@ -172,9 +191,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--limit", type=int, default=40, help="compilations at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
     args, rest = parser.parse_known_args(argv)
+    if args.limit < 0:
+        raise ValueError(f"--limit {args.limit}: compilations at most, 0 for arithmetic alone")
+    writable(args.json)
     use_compiler_only()
     overrides = parse_overrides(rest)
-    known = Arithmetic(load(args.config, overrides), parse(args.topology))
+    topology = parse(args.topology)
+    topology.devices()  # says so now if the compiler is not there
+    known = Arithmetic(load(args.config, overrides), topology)
     done = 0
 
     def compiled(layouts: Sequence[Layout]) -> Iterator[Outcome]:
@@ -197,7 +221,8 @@ def main(argv: list[str]) -> None:
     show(outcomes)
     if args.json:
         facts = {"config": args.config, "topology": args.topology, "overrides": overrides}
-        args.json.write_text(json.dumps(facts | as_json(outcomes), indent=1) + "\n")
+        text = json.dumps(facts | as_json(outcomes), indent=1) + "\n"
+        write_atomic(args.json, text.encode())
     if not pareto(outcomes.values()):
         raise SystemExit(1)
 
@@ -213,10 +238,20 @@ def show(outcomes: Mapping[Layout, Outcome]) -> None:
     console.print("beside them")
     for layout, why in sorted(reasons.items(), key=lambda item: (item[1], str(item[0]))):
         console.print(f"  {layout}: {why}", markup=False)
-    console.print(table if front else "[red]nothing fits[/]: more chips, or fewer rows a step")
+    console.print(table if front else f"[red]{_nothing(outcomes)}[/]", markup=True)
     for outcome in front:
         flags = [f"--config.{name}={value}" for name, value in outcome.layout.overrides()]
         console.print(f"  {outcome.layout}:\n    {' '.join(flags)}", markup=False)
+
+
+def _nothing(outcomes: Mapping[Layout, Outcome]) -> str:
+    """Why no layout is left, and what to do."""
+    whys = [outcome.refused for outcome in outcomes.values()]
+    if LATE in whys:
+        return "nothing that was compiled fits, and more is to be tried: a larger --limit goes on"
+    if any(why.startswith(FAILED) for why in whys) and not any(o.peak for o in outcomes.values()):
+        return "nothing could be compiled: see what the compiler said, and docs/plan.md"
+    return "nothing fits: more chips, or fewer rows a step"
 
 
 def as_json(outcomes: Mapping[Layout, Outcome]) -> dict[str, Any]:

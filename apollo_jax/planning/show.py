@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan's facts as tables in the terminal."""
+"""A plan's facts as tables in the terminal, and the files that they may go to."""
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +16,41 @@ _NAMED = 6  # of the largest buffers
 def short(value: float, digits: int = 3) -> str:
     """`digits` of them, or all of those before the point."""
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
+
+
+def writable(*files: Path | None) -> None:
+    """ValueError, before minutes of work, for a file that cannot be written after them."""
+    for file in files:
+        if file is not None and file.is_dir():
+            raise ValueError(f"{file} is a folder; name a file in it")
+        if file is not None and not os.access(file.parent, os.W_OK):
+            why = "cannot be written to" if file.parent.is_dir() else "is no folder"
+            raise ValueError(f"{file} cannot be written: {file.parent} {why}")
+
+
+def too_many(facts: Mapping[str, Any]) -> float:
+    """Bytes per device that a step needs beyond those that the device has."""
+    return sum(v for k, v in facts["memory"].items() if k != "peak") - facts["hbm_bytes"]
+
+
+def flags(facts: Mapping[str, Any]) -> str:
+    """What it means that the compiler was given more flags than usual."""
+    return (
+        f"{facts['compiler_flags']}: without it the compiler failed; train with it in "
+        "LIBTPU_INIT_ARGS"
+    )
+
+
+def starved(facts: Mapping[str, Any]) -> str:
+    """What it means that the hosts have too few cores to load what a step takes; "" = enough."""
+    given, bound = facts["input"], facts["bound"]
+    short_of = given["cores_per_host"] / given["host_cpus"]
+    if short_of <= 1:
+        return ""
+    return (
+        f"with all their cores they load a step in {short(short_of * bound['step_seconds'])} s, "
+        "longer than it takes; docs/data.md says how fast which frames are loaded"
+    )
 
 
 def show(console: Console, facts: Mapping[str, Any]) -> None:
@@ -29,9 +66,8 @@ def show(console: Console, facts: Mapping[str, Any]) -> None:
         )
     _memory(console, facts)
     if not facts["fits"]:
-        need = sum(v for k, v in facts["memory"].items() if k != "peak") - facts["hbm_bytes"]
-        hbm = facts["hbm_bytes"] / GIB
-        console.print(f"[red]does not fit[/] into {hbm:.2f} GiB: {need / GIB:.2f} GiB too many")
+        hbm, more = facts["hbm_bytes"] / GIB, too_many(facts) / GIB
+        console.print(f"[red]does not fit[/] into {hbm:.2f} GiB: {more:.2f} GiB too many")
     if facts["advice"]:
         console.print("to save memory:" if facts["fits"] else "what to change:")
         for line in facts["advice"]:
@@ -71,15 +107,17 @@ def _flops(console: Console, facts: Mapping[str, Any]) -> None:
         names = ", ".join(facts["kernels_not_counted"])
         console.print(f"[yellow]not counted[/], kernels of unknown FLOPs: {names}")
     if facts["compiler_flags"]:
-        console.print(
-            "[yellow]compiled with[/] "
-            f"{facts['compiler_flags']}: without it the compiler failed; train with it in "
-            "LIBTPU_INIT_ARGS"
-        )
+        console.print(f"[yellow]compiled with[/] {flags(facts)}")
 
 
 def _exchanges(console: Console, facts: Mapping[str, Any]) -> None:
-    exchanges = Table("exchange", "along", "network", "times", "GiB sent", "hidden", "s", "waited")
+    head = ("along", "network", "times", "GiB sent", "hidden", "s", "waited")
+    exchanges = Table(box=None, padding=(0, 1, 0, 0))
+    # Kinds may be broken between words alone, so that they can be told apart in 80 columns.
+    words = [word for c in facts["collectives"] for word in c["kind"].split()]
+    exchanges.add_column("exchange", min_width=max(map(len, words), default=0))
+    for name in head:
+        exchanges.add_column(name)
     for c in facts["collectives"]:
         share = f"{c['asynchronous'] / c['bytes']:.0%}" if c["bytes"] else "-"
         exchanges.add_row(
@@ -111,14 +149,20 @@ def _bound(console: Console, facts: Mapping[str, Any]) -> None:
         f"{given['cores_per_host']:.1f} of its {given['host_cpus']} cores at "
         f"{given['frames_per_cpu_second']:,} frames per CPU-second"
     )
+    if why := starved(facts):
+        console.print(f"[yellow]the hosts cannot feed the chips[/]: {why}")
     if cost := facts.get("cost"):
+        samples = (
+            f"{cost['usd_per_million_samples']:,.0f} per million samples "
+            f"({cost['samples_per_step']:g} to a step), "
+            if "samples_per_step" in cost
+            else ""
+        )
         console.print(
             f"at {cost['usd_per_chip_hour']:g} USD per chip and hour: "
             f"{short(cost['usd_per_step'])} USD per step, "
             f"{cost['usd_per_million_rows']:,.0f} per million rows, "
             f"{cost['usd_per_billion_tokens']:,.0f} per billion tokens, "
-            f"{cost['usd_per_million_samples']:,.0f} per million samples "
-            f"({cost['samples_per_step']} to a step, the published epoch's), "
-            f"{cost['usd_of_the_run']:,.0f} for the run"
+            f"{samples}{cost['usd_of_the_run']:,.0f} for the run"
         )
     console.print(f"[dim]assumed: {'; '.join(bound['assumptions'])}[/]")

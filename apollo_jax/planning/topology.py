@@ -134,9 +134,21 @@ def parse(name: str) -> Topology:
         )
     shape = tuple(int(side) for side in sides.split("x"))
     chip = CHIPS[kind]
-    if len(shape) != chip.dimensions or 0 in shape or slices < 1:
+    if slices < 1:
+        raise ValueError(f"topology {name!r} has no slices; one is {full}, two are 2*{full}")
+    if len(shape) != chip.dimensions or 0 in shape:
         example = next(s for s in SLICES.values() if s.startswith(kind))
         raise ValueError(f"{kind} slices have {chip.dimensions} sides, as in {example}: {name!r}")
+    if shape[0] % 2 or shape[1] % 2:
+        smaller, larger = (
+            f"{kind}:{_by((*(max(2, side + side % 2 * way) for side in shape[:2]), *shape[2:]))}"
+            for way in (-1, 1)
+        )
+        near = smaller if smaller == larger else f"{smaller} or {larger}"
+        raise ValueError(
+            f"topology {name!r}: a machine holds 2x2 chips, so the first two sides are even; "
+            f"nearest that work: {near}"
+        )
     return Topology(name, chip, shape, slices)
 
 

@@ -4,8 +4,9 @@
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,6 +14,7 @@ from apollo_jax import meshes, sharding
 from apollo_jax.checkpoints import run
 from apollo_jax.config import Experiment, unset_paths
 from apollo_jax.config_values import differences
+from apollo_jax.models import splash_attention as splash
 from apollo_jax.training import accumulate
 from apollo_jax.training.state import TrainState, abstract_model
 from data_pipeline.tokenizer import Tokenizer
@@ -28,6 +30,8 @@ FREE = (
     "train.on_nonfinite", "train.spike_factor", "train.max_bad_steps", "train.join_seconds",
     "train.heartbeat_seconds", "train.accumulate", "train.batch_ramp",  # see loading.resume
     "train.noise_scale", "train.noise_scale_norms", "train.profile", "train.wandb",
+    # Rates are a function of the update alone, so what comes may change like the ramp.
+    "train.num_steps", "optimizer.schedule_by", "optimizer.rate_rule", "optimizer.base_batch",
 )  # fmt: skip
 
 
@@ -43,7 +47,10 @@ def continues(experiment: Experiment, workdir: Path) -> bool:
 
 
 def refuse_changes(workdir: Path, held: Any, experiment: Any) -> None:
-    """ValueError if the config that a run has and that of its continuation differ beyond FREE."""
+    """ValueError if the config that a run has and that of its continuation differ beyond FREE.
+
+    The same for an end that lies behind.
+    """
     changes = differences(held, experiment)
     wrong = [c for c in changes if not any(fnmatch.fnmatch(c.split(": ")[0], f) for f in FREE)]
     if wrong:
@@ -53,6 +60,9 @@ def refuse_changes(workdir: Path, held: Any, experiment: Any) -> None:
             "continue it with the config it has, or start in another --workdir "
             f"(config.init_from={workdir} takes over the weights)"
         )
+    done, asked = run.progress(workdir)[1], experiment.train.num_steps
+    if asked < done:
+        raise ValueError(f"config.train.num_steps={asked}: {workdir} has done {done} already")
 
 
 def tokenizer_of(experiment: Experiment) -> Tokenizer:
@@ -71,50 +81,97 @@ def tokenizer_of(experiment: Experiment) -> Tokenizer:
     return tokenizer
 
 
-def layout(experiment: Experiment, mesh: Mapping[str, int]) -> None:
+class Machine(NamedTuple):
+    """What of the devices, beside their number, decides which layouts work."""
+
+    slices: int = 1  # that only the data-centre network joins; they lie along mesh data
+    tpu: bool = False
+
+    @classmethod
+    def here(cls) -> "Machine":
+        """Of this process's devices and those that it reaches."""
+        devices = jax.devices()
+        return cls(sharding.slice_count(devices), devices[0].platform == "tpu")
+
+
+def layout(experiment: Experiment, mesh: Mapping[str, int], machine: Machine | None = None) -> None:
     """ValueError if the batch or the decoder's heads do not divide over the mesh.
 
-    The error names the nearest meshes over as many devices on which everything divides.
+    The error names what would: the nearest rows, length and meshes over as many devices.
 
     Args:
       mesh: axis -> devices.
+      machine: default that of this process.
     """
-    problem = next(refusals(experiment, mesh), None)
+    machine = machine or Machine.here()
+    problem = next(refusals(experiment, mesh, machine=machine), None)
     if problem is None:
         return
-    divisors = weight_divisors(experiment)
+    divisors, data = weight_divisors(experiment), experiment.data
     devices = math.prod(mesh.values())
+    instead = []
+    longest = experiment.model.llm.max_position_embeddings
+    for field, value in (
+        ("batch_size", _multiple(data.batch_size, mesh["data"] * mesh["fsdp"])),
+        ("length", _multiple(data.length, _pieces(experiment, mesh, machine), longest)),
+    ):
+        changed = replace(experiment, data=replace(data, **{field: value}))
+        if not any(refusals(changed, mesh, divisors, machine)):
+            instead.append(f"config.data.{field}={value}")
     every = meshes.every(devices, list(mesh))
-    works = [m for m in every if not any(refusals(experiment, m, divisors))]
-    near = meshes.listed(meshes.nearest(mesh, works))
-    instead = f"mesh {near}" if works else f"no mesh over {devices} devices"
-    ways, rows = mesh["data"] * mesh["fsdp"], experiment.data.batch_size
-    if rows % ways:
-        instead = f"config.data.batch_size={max(1, round(rows / ways)) * ways}, {instead}"
-    raise ValueError(f"{problem}; nearest that work: {instead}")
+    works = [m for m in every if not any(refusals(experiment, m, divisors, machine))]
+    if works:
+        instead.append(f"mesh {meshes.listed(meshes.nearest(mesh, works))}")
+    instead = instead or [f"no mesh over {devices} devices"]
+    raise ValueError(f"{problem}; nearest that work: {' or '.join(instead)}")
+
+
+def _multiple(value: int, unit: int, most: int | None = None) -> int:
+    """The multiple of `unit` nearest to `value`, one at least and `most` at most."""
+    times = round(value / unit) if most is None else min(round(value / unit), most // unit)
+    return max(1, times) * unit
+
+
+def _pieces(experiment: Experiment, mesh: Mapping[str, int], machine: Machine) -> int:
+    """What divides a row: ring attention takes two pieces for each device, on TPUs in blocks."""
+    if mesh["context"] == 1 or experiment.mesh.attention != "ring":
+        return 1
+    return 2 * mesh["context"] * (splash.LANES if machine.tpu else 1)
 
 
 def refusals(
-    experiment: Experiment, mesh: Mapping[str, int], divisors: Mapping[str, int] | None = None
+    experiment: Experiment,
+    mesh: Mapping[str, int],
+    divisors: Mapping[str, int] | None = None,
+    machine: Machine | None = None,
 ) -> Iterator[str]:
     """What does not divide over a mesh; nothing if the experiment can run on it.
 
     Args:
       mesh: axis -> devices.
       divisors: see `weight_divisors`; without them the weights are not looked at.
+      machine: default that of this process.
     """
+    machine = machine or Machine.here()
     rows, length = experiment.data.batch_size, experiment.data.length
     heads = experiment.model.llm.num_attention_heads
     context, tensor = mesh["context"], mesh["tensor"]
+    if mesh["data"] % machine.slices:
+        yield (
+            f"mesh data={mesh['data']} does not divide over {machine.slices} slices, which lie "
+            "along it"
+        )
     if rows % (mesh["data"] * mesh["fsdp"]):
         yield (
             f"config.data.batch_size={rows} does not divide over the {mesh['data'] * mesh['fsdp']} "
             f"row shards of mesh {meshes.text(mesh)}"
         )
-    if length % (2 * context) and context > 1:
+    pieces = _pieces(experiment, mesh, machine)
+    if length % pieces:
+        blocks = f" of a multiple of {splash.LANES} positions" if machine.tpu else ""
         yield (
-            f"config.data.length={length} does not divide into the {2 * context} pieces of mesh "
-            f"context={context}"
+            f"config.data.length={length} does not divide into the {2 * context} pieces{blocks} "
+            f"that ring attention takes on mesh context={context}"
         )
     if heads % tensor:
         yield f"the decoder's {heads} heads do not divide over mesh tensor={tensor}"
@@ -141,13 +198,18 @@ def weight_divisors(experiment: Experiment) -> dict[str, int]:
 
 
 def memory(
-    experiment: Experiment, state: TrainState, mesh: Mapping[str, int], limit: float | None = None
+    experiment: Experiment,
+    state: TrainState,
+    mesh: Mapping[str, int],
+    limit: float | None = None,
+    machine: Machine | None = None,
 ) -> None:
     """ValueError if weights, moments and gradients alone exceed a device, with what would do.
 
     Args:
       state: shapes and shardings.
       limit: bytes of a device; default what this process's first device says, if it does.
+      machine: default that of this process.
     """
     if limit is None:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -156,12 +218,12 @@ def memory(
     needed = on_device(held, mesh)
     if limit is None or needed <= limit:
         return
-    divisors = weight_divisors(experiment)
+    divisors, machine = weight_divisors(experiment), machine or Machine.here()
     every = meshes.every(math.prod(mesh.values()), list(mesh))
     works = [
         m
         for m in every
-        if on_device(held, m) <= limit and not any(refusals(experiment, m, divisors))
+        if on_device(held, m) <= limit and not any(refusals(experiment, m, divisors, machine))
     ]
     near = meshes.listed(meshes.nearest(mesh, works))
     raise ValueError(

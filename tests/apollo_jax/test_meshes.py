@@ -36,8 +36,15 @@ def test_the_nearest_differ_least():
         ),
         (MeshConfig(data=3, tensor=4), "data=3 tensor=4 on 8 .* tensor=4"),
         (MeshConfig(data=1, fsdp=16), "fsdp=16 on 8 .* fsdp=8"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one -1"),
-        (MeshConfig(tensor=0), "must be positive"),
+        (
+            MeshConfig(data=-1, fsdp=-1, tensor=2),
+            "config.mesh.data=-1, config.mesh.fsdp=-1: at most one .*: fsdp=4 tensor=2 or",
+        ),
+        (
+            MeshConfig(fsdp=4, tensor=0),
+            "config.mesh.tensor=0: an axis has one device or more, .*: data=2 fsdp=4 or",
+        ),
+        (MeshConfig(fsdp=-2), "^config.mesh.fsdp=-2: an axis has one"),
     ],
 )
 def test_a_mesh_that_does_not_use_the_devices(config, said):
@@ -49,6 +56,15 @@ def test_a_mesh_that_does_not_use_the_devices(config, said):
 def test_sizes_are_filled_in():
     sizes = sharding.mesh_sizes(MeshConfig(data=-1, fsdp=4, tensor=2), 64)
     assert sizes == {"data": 8, "fsdp": 4, "context": 1, "tensor": 2}
+
+
+def test_slices_lie_along_data():
+    assert sharding.mesh_sizes(MeshConfig(fsdp=4), 8, slices=2)["data"] == 2
+    said = "mesh data=1 does not divide over 2 slices, .*: data=2 fsdp=4 or data=4 fsdp=2$"
+    with pytest.raises(ValueError, match=said):
+        sharding.mesh_sizes(MeshConfig(data=1, fsdp=8), 8, slices=2)
+    with pytest.raises(ValueError, match=r"fsdp=6 on 8 .*: data=2 fsdp=4 or"):  # and not fsdp=8
+        sharding.mesh_sizes(MeshConfig(data=1, fsdp=6), 8, slices=2)
 
 
 def test_a_weight_that_the_mesh_does_not_divide():

@@ -31,7 +31,7 @@ def mesh(data=1, fsdp=1, context=1, tensor=1):
         (
             mesh(fsdp=256),
             "config.data.batch_size=64 does not divide over the 256 row shards of mesh fsdp=256",
-            "config.data.batch_size=256, mesh fsdp=64 tensor=4 or fsdp=64 context=4",
+            "mesh fsdp=64 tensor=4 or fsdp=64 context=4",  # 128 divides the weights, not 256
         ),
         (
             mesh(fsdp=32, tensor=8),
@@ -39,10 +39,16 @@ def mesh(data=1, fsdp=1, context=1, tensor=1):
             "mesh fsdp=64 tensor=4",
         ),
         (
-            mesh(context=3),
-            "length=16384 does not divide into the 6 pieces of mesh context=3",
-            "no mesh over 3 devices",
+            mesh(fsdp=128),
+            "config.data.batch_size=64 does not divide over the 128 row shards",
+            "config.data.batch_size=128 or mesh fsdp=64 tensor=2 or",
         ),
+        (
+            mesh(context=3),
+            "length=16384 does not divide into the 6 pieces that ring attention takes",
+            "config.data.length=16386",
+        ),
+        (mesh(tensor=3), "28 heads do not divide over mesh tensor=3", "no mesh over 3 devices"),
     ],
 )
 def test_refused_with_the_nearest_that_works(sft, sizes, said, instead):
@@ -51,6 +57,39 @@ def test_refused_with_the_nearest_that_works(sft, sizes, said, instead):
     where = str(error.value).partition("nearest that work: ")[2]
     assert where.startswith(instead)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_proposed_for_slices_lies_along_data(demo):
+    """2*v5e:4x4: every mesh that is named has a multiple of two along data."""
+    rows = replace_rows(demo, 16)
+    machine = checks.Machine(slices=2)
+    with pytest.raises(ValueError, match="16 does not divide over the 32 row shards") as error:
+        checks.layout(rows, mesh(data=2, fsdp=16), machine)
+    where = str(error.value).partition("nearest that work: ")[2]
+    assert (
+        where
+        == "config.data.batch_size=32 or mesh data=2 fsdp=8 tensor=2 or data=2 fsdp=8 context=2"
+    )
+    with pytest.raises(ValueError, match="mesh data=1 does not divide over 2 slices"):
+        checks.layout(rows, mesh(fsdp=16, tensor=2), machine)
+
+
+def test_the_rows_that_ring_attention_takes(demo):
+    """Two pieces for each device, on TPUs in blocks of 128; whole rows are Ulysses' own matter."""
+    cpu, tpu = checks.Machine(), checks.Machine(tpu=True)
+
+    def rows_of(length, **mesh):
+        data = replace(demo.data, length=length)
+        return replace(demo, data=data, mesh=sharding.MeshConfig(**mesh))
+
+    sizes = mesh(data=4, context=2)
+    checks.layout(rows_of(640), sizes, cpu)
+    checks.layout(rows_of(512), sizes, tpu)
+    said = r"length=640 .* 4 pieces of a multiple of 128 .*: config.data.length=512 or mesh data=8"
+    with pytest.raises(ValueError, match=said):
+        checks.layout(rows_of(640), sizes, tpu)
+    checks.layout(rows_of(641, attention="ulysses"), sizes, tpu)
+    checks.layout(rows_of(641), mesh(data=8), tpu)
 
 
 def test_ulysses_needs_heads_for_both_axes(sft):
@@ -99,6 +138,8 @@ def test_what_cannot_fit_is_refused_with_what_does(demo):
         checks.memory(demo, state, sizes, limit=needed * 0.8)
     with pytest.raises(ValueError, match="no mesh over them works"):
         checks.memory(demo, state, sizes, limit=needed / 100)
+    with pytest.raises(ValueError, match="no mesh over them works"):  # that has 8 along data
+        checks.memory(demo, state, sizes, limit=needed * 0.8, machine=checks.Machine(slices=8))
 
 
 def test_gradients_of_microbatches_are_held_in_float32_with_a_clip_or_without(demo):
