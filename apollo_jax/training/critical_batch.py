@@ -4,7 +4,10 @@
 Forks of the run go on from its checkpoint (weights, moments, data) with other numbers of
 microbatches to an update, over the same rows, at the rate that the run had there times a rule. The
 critical batch is the largest such that no fork from the best one up to it loses more than a
-tolerance against the best (branched training: Merrill et al. 2025, arXiv 2505.23971).
+tolerance against the best (branched training: Merrill et al. 2025, arXiv 2505.23971). Beside it
+stands that of a curve through the losses, see critical_batch_fit.py.
+
+Of several processes all read, decide and train alike; process 0 alone writes, links and deletes.
 """
 
 import argparse
@@ -14,22 +17,23 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
+import numpy as np
+from jax.experimental import multihost_utils
 
 from apollo_jax.checkpoints import manager, run
-from apollo_jax.config import Experiment
+from apollo_jax.config import Experiment, OptimizerConfig
 from apollo_jax.config_values import from_dict, override, parse_overrides, to_config
+from apollo_jax.training import processes
+from apollo_jax.training.boards import METRICS
+from apollo_jax.training.critical_batch_results import RESULTS, TAIL, Results, report, summary
+from apollo_jax.training.guard import Diverged
 from apollo_jax.training.optimizer import Batches, make_schedules
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer
-
-RESULTS = "critical_batch.json"
-TAIL = 4  # the loss is that of the last 1/TAIL of the window
-console = Console()
 
 
 class Fork(NamedTuple):
@@ -57,35 +61,73 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokens", required=True, type=int, help="positions that each fork sees")
     parser.add_argument("--rule", choices=("none", "linear", "sqrt"), default="sqrt")
     parser.add_argument("--tolerance", type=float, default=0.01, help="nats above the best loss")
+    processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
+    overrides = parse_overrides(rest)
     config = to_config(run.read_experiment(args.workdir))
-    for name, text in parse_overrides(rest).items():
+    for name, text in overrides.items():
         override(config, name, text)
     experiment = from_dict(Experiment, config.to_dict())
-    batches = sorted({int(b) for b in args.batches.split(",") if b.strip().isdigit() and int(b)})
-    if len(batches) < 2:
-        raise ValueError(
-            f"--batches {args.batches}: at least two numbers of microbatches, as 1,2,4"
-        )
-    step = args.step or int(run.latest_weights(args.workdir).parent.name)
+    if args.distributed:
+        processes.join(args.distributed, experiment)
+    with processes.parting(Diverged):
+        study(experiment, args, overrides)
+
+
+def study(experiment: Experiment, args: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Train the forks that are not done, judge and report.
+
+    Args:
+      experiment: of the run, with the fields that `overrides` sets.
+      args: of the command.
+    """
+    batches = numbers(args.batches)
+    if not 0 <= args.tolerance < math.inf:
+        raise ValueError(f"--tolerance {args.tolerance}: nats above the best loss, 0 or more")
+    step = args.step
+    if step is None:
+        step = int(run.latest_weights(args.workdir).parent.name)
     checkpoint = args.workdir / run.CHECKPOINTS / f"{step:08d}"
     if not checkpoint.is_dir():
         known = sorted(int(p.name) for p in checkpoint.parent.iterdir() if p.name.isdigit())
         there = ", ".join(map(str, known))
         raise ValueError(f"--step {step}: {args.workdir} has checkpoints of {there}")
+    window = window_of(experiment, batches, args.tokens)
     forks = [
-        Fork(b, forked(experiment, step, b, batches, args.tokens, args.rule), args.output / f"x{b}")
+        Fork(b, forked(experiment, step, b, window, args.rule), args.output / f"x{b}")
         for b in batches
     ]
     said = {"run": str(args.workdir.absolute()), "step": step, "tokens": args.tokens}
-    results = Results(args.output / RESULTS, said | {"rule": args.rule})
+    said |= {"window": window, "rule": args.rule, "overrides": overrides}
+    results = Results(args.output / RESULTS, said)
+    flags = {"batches": batches, "tolerance": args.tolerance, "output": str(args.output.absolute())}
+    done = {"forks that are done": list(results.forks)}
+    processes.same("study", said | flags | done, experiment.train.join_seconds)
     for fork in forks:
         if str(fork.microbatches) not in results.forks:
-            results.add(fork, run_fork(fork, checkpoint, args.workdir / run.TOKENIZER))
-    ramp = before(experiment, step)
-    found = summary([results.forks[str(b)] for b in batches], args.tolerance, ramp, step)
-    results.write(found)
-    report(results.forks, found)
+            tail = run_fork(fork, checkpoint, args.workdir / run.TOKENIZER)
+            results.add(fork.microbatches, experiment.data.batch_size, tail, math.lcm(*batches))
+    ends = [results.forks[str(b)] for b in batches]
+    found = summary(ends, args.tolerance)
+    reached = run.progress(args.workdir)[1]
+    since = reached if reached < experiment.train.num_steps else step  # it may be further by now
+    rates = forks[0].experiment.optimizer
+    following = continuation(experiment, rates, since, found["critical_microbatches"])
+    results.write(found | {"continue_with": following})
+    if jax.process_index() == 0:
+        report(ends, found, following)
+
+
+def numbers(text: str) -> list[int]:
+    """`--batches`, from small to large. ValueError for what is no number of microbatches."""
+    items = [item.strip() for item in text.split(",")]
+    wrong = [item for item in items if not (item.isdecimal() and int(item))]
+    if wrong:
+        raise ValueError(f"--batches {text}: {wrong[0]!r} is no number of microbatches, from 1 on")
+    found = sorted(set(map(int, items)))
+    if len(found) < 2:
+        raise ValueError(f"--batches {text}: at least two numbers of microbatches, as 1,2,4")
+    return found
 
 
 def before(experiment: Experiment, step: int) -> tuple[tuple[int, int], ...]:
@@ -93,23 +135,30 @@ def before(experiment: Experiment, step: int) -> tuple[tuple[int, int], ...]:
     return tuple(piece for piece in experiment.train.ramp.pieces if piece[0] < step)
 
 
-def forked(
-    e: Experiment, step: int, microbatches: int, batches: list[int], tokens: int, rule: str
-) -> Experiment:
-    """The experiment of a fork. ValueError for a window that is too small, or a rate of 0."""
-    rows, ramp = e.data.batch_size, e.train.ramp
-    unit = math.lcm(*batches)
-    window = tokens // (rows * e.data.length) // unit * unit  # microbatches, for all forks alike
-    if window < TAIL * max(batches):
-        least = -(-TAIL * max(batches) // unit) * unit * rows * e.data.length
+def window_of(e: Experiment, batches: list[int], tokens: int) -> int:
+    """Microbatches that each fork sees; their last 1/TAIL are whole updates of every fork.
+
+    ValueError for too few tokens.
+    """
+    common = math.lcm(*batches)
+    positions, unit = e.data.batch_size * e.data.length, TAIL * common
+    window = tokens // positions // unit * unit
+    if window < 1:
         raise ValueError(
-            f"--tokens {tokens} are {window} microbatches of {rows} x {e.data.length} for each "
-            f"fork; {TAIL} updates of the largest batch need {least}"
+            f"--tokens {tokens} are too few: in microbatches of {e.data.batch_size} x "
+            f"{e.data.length}, {TAIL} updates of {common} microbatches, of which all batches are "
+            f"parts, need {unit * positions}"
         )
+    return window
+
+
+def forked(e: Experiment, step: int, microbatches: int, window: int, rule: str) -> Experiment:
+    """The experiment of a fork. ValueError for a rate of 0."""
+    rows, ramp = e.data.batch_size, e.train.ramp
     schedules = make_schedules(e.optimizer, e.train.num_steps, Batches(rows, ramp))
     now = {name: float(rate(jnp.int32(step))) for name, rate in schedules.items()}
     if not all(rate > 0 for rate in now.values()):
-        raise ValueError(f"at step {step} a rate is 0 ({now}): fork an earlier checkpoint, --step")
+        raise ValueError(f"at step {step} a rate is 0 ({now}): fork another checkpoint, --step")
     optimizer = replace(
         e.optimizer,
         learning_rates=replace(e.optimizer.learning_rates, **now),
@@ -128,28 +177,47 @@ def forked(
         log_every=1,
         checkpoint_every=max(1, window // microbatches // 4),
         keep=1,
+        profile="",
+        wandb="",
     )
-    evaluation = replace(e.evaluation, every=0)
+    evaluation = replace(e.evaluation, every=0, samples=0)
     name = f"{e.name}-x{microbatches}"
     return replace(e, name=name, optimizer=optimizer, train=loop, evaluation=evaluation)
 
 
-def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> float:
-    """Train it to its end, or go on with it; its loss over the last part of the window."""
-    if not run.is_run(fork.folder):
+def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
+    """Train it to its end, or go on with it.
+
+    Loss and targets f[updates, 2] of the last part of the window; loss NaN where it diverged.
+    """
+    writes = jax.process_index() == 0
+    if writes and not run.is_run(fork.folder):
         shutil.rmtree(fork.folder, ignore_errors=True)
         into = fork.folder / run.CHECKPOINTS / checkpoint.name
         shutil.copytree(checkpoint, into, copy_function=_linked)
         manager.write_run(fork.folder, fork.experiment, Tokenizer.from_path(tokenizer))
-    if not train(fork.experiment, fork.folder):
+    multihost_utils.sync_global_devices(f"fork {fork.microbatches} is there")
+    if not run.is_run(fork.folder):
+        raise FileNotFoundError(
+            f"{fork.folder} is not what process 0 has put there: --output must be on a file system "
+            "that all processes share"
+        )
+    end = fork.experiment.train.num_steps
+    last = (end - int(checkpoint.name)) // TAIL
+    try:
+        done, tail = train(fork.experiment, fork.folder), None
+    except Diverged:
+        done, tail = True, np.full((last, 2), np.nan)
+    if not done:
         raise ValueError(f"{fork.folder} was stopped; the same command goes on with it")
-    lines = [json.loads(s) for s in (fork.folder / "metrics.jsonl").read_text().splitlines()]
-    first = int(checkpoint.name)
-    updates = fork.experiment.train.num_steps - first
-    tail = [line for line in lines if line["step"] > first + updates - updates // TAIL]
-    shutil.rmtree(fork.folder / run.CHECKPOINTS)  # what it is for is known
-    weight = sum(line["target_tokens"] for line in tail)
-    return sum(line["loss"] * line["target_tokens"] for line in tail) / weight
+    multihost_utils.sync_global_devices(f"fork {fork.microbatches} is closed")
+    if tail is None:
+        lines = map(json.loads, (fork.folder / METRICS).read_text().splitlines())
+        kept = [(x["loss"], x["target_tokens"]) for x in lines if x["step"] > end - last]
+        tail = np.array(kept, float)  # a loss of null becomes NaN
+    if writes:
+        shutil.rmtree(fork.folder / run.CHECKPOINTS)  # what it is for is known
+    return tail
 
 
 def _linked(source: str, target: str) -> None:
@@ -160,72 +228,25 @@ def _linked(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-class Results:
-    """The file of results; what it holds already is not done again."""
+def continuation(
+    e: Experiment, forks: OptimizerConfig, step: int, microbatches: int
+) -> dict[str, str]:
+    """Fields with which the run goes on from `step` with other batches, to as many samples in all.
 
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings, self.forks = path, settings, {}
-        if path.exists():
-            held = json.loads(path.read_text())
-            wrong = [f"{k} {held.get(k)}, now {v}" for k, v in settings.items() if held.get(k) != v]
-            if wrong:
-                raise ValueError(f"{path} is of {'; '.join(wrong)}: take another --output")
-            self.forks = held["forks"]
-
-    def add(self, fork: Fork, loss: float) -> None:
-        """Take a fork's loss."""
-        rows, first = fork.experiment.data.batch_size * fork.microbatches, self.settings["step"]
-        updates = fork.experiment.train.num_steps - first
-        found = dict(microbatches=fork.microbatches, rows=rows, updates=updates, loss=loss)
-        self.forks[str(fork.microbatches)] = found
-        self.write({})
-
-    def write(self, found: dict[str, Any]) -> None:
-        """All of it, at once."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({**self.settings, "forks": self.forks, **found}, indent=1) + "\n"
-        )
-        os.replace(temporary, self.path)
-
-
-def summary(
-    forks: list[dict[str, Any]], tolerance: float, ramp: tuple[tuple[int, int], ...], step: int
-) -> dict[str, Any]:
-    """The critical batch among forks from small to large, and the ramp that goes on with it.
-
-    The best loss is that of any fork; a fork too small to reach it is no reason to stop.
+    The schedule stays the same function of samples, and rates follow the rule of the forks.
     """
-    best = min(fork["loss"] for fork in forks)
-    where = next(i for i, fork in enumerate(forks) if fork["loss"] == best)
-    critical = forks[where]
-    for fork in forks[where:]:
-        if fork["loss"] > best + tolerance:
-            break
-        critical = fork
-    pieces = [*ramp, (step, critical["microbatches"])]
-    return {
-        "tolerance": tolerance,
-        "critical_rows": critical["rows"],
-        "critical_microbatches": critical["microbatches"],
-        "at_least": critical is forks[-1],  # no fork was too large
-        "batch_ramp": ",".join(f"{first}:{count}" for first, count in pieces),
+    ramp = e.train.ramp
+    pieces = (*before(e, step), (step, microbatches))
+    left = ramp.before(e.train.num_steps) - ramp.before(step)
+    fields = {
+        "train.batch_ramp": ",".join(f"{first}:{count}" for first, count in pieces),
+        "train.num_steps": str(step + math.ceil(left / microbatches)),
     }
-
-
-def report(forks: dict[str, dict[str, Any]], found: dict[str, Any]) -> None:
-    """The table, and what to do with it."""
-    table = Table("microbatches", "rows", "updates", "loss", "above the best")
-    best = min(fork["loss"] for fork in forks.values())
-    for fork in sorted(forks.values(), key=lambda fork: fork["rows"]):
-        cells = (str(fork[name]) for name in ("microbatches", "rows", "updates"))
-        table.add_row(*cells, f"{fork['loss']:.4f}", f"{fork['loss'] - best:.4f}")
-    console.print(table)
-    more = " or more: no fork was too large" if found["at_least"] else ""
-    console.print(
-        f"critical batch: {found['critical_rows']} rows{more}; go on with "
-        f"--config.train.batch_ramp={found['batch_ramp']}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    if e.train.accumulate > 1:  # the ramp says it now
+        fields["train.accumulate"] = "1"
+    if len(ramp.pieces) == 1:  # so far updates and samples are the same schedule
+        fields["optimizer.schedule_by"] = "samples"
+    if e.optimizer.rate_rule == "none" != forks.rate_rule:
+        fields["optimizer.rate_rule"] = forks.rate_rule
+        fields["optimizer.base_batch"] = str(forks.base_batch)
+    return fields

@@ -29,6 +29,10 @@ WINDOW, LEAST = 128, 16  # steps of a median, and how many it takes to have one
 _NAMED = 8  # records named on the console
 
 
+class Diverged(ValueError):
+    """The guard has stopped a run, in all its processes."""
+
+
 class Measured(NamedTuple):
     """What is judged of a step."""
 
@@ -72,7 +76,7 @@ class Guard:
     def see(self, measured: Measured) -> bool:
         """Take a step's loss and gradient norm; whether it was bad.
 
-        Raises ValueError at a bad step if the policy is to stop, or at too many in a row.
+        Raises Diverged at a bad step if the policy is to stop, or at too many in a row.
         """
         limits = self.limits(measured.step)
         if all(np.asarray(measured[1:], np.float32) < limits):
@@ -88,13 +92,13 @@ class Guard:
         policy = self.train.on_nonfinite
         text = f"{why}; its records: {named}"
         if policy == "stop":
-            raise ValueError(
+            raise Diverged(
                 f"{text}\nit is not saved. Lower the learning rates or look at the records (all of "
                 f"them are in {self.path}), then run the same command to go on from the last "
                 "checkpoint; with --config.train.on_nonfinite=skip or =rewind it goes on by itself"
             )
         if self.in_a_row > self.train.max_bad_steps:
-            raise ValueError(
+            raise Diverged(
                 f"{text}\n{self.in_a_row} bad steps in a row, more than config.train.max_bad_steps="
                 f"{self.train.max_bad_steps}: it is not the batches. Lower the learning rates"
             )

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -31,6 +32,8 @@ AGAIN = 75  # exit status of a process that lost the others: EX_TEMPFAIL, start 
 _PARTING = 5.0  # seconds that one who failed waits whether all others failed too
 _LISTEN = 2.0  # seconds between two looks at what others had to say
 _over = threading.Event()  # this process has come to its end, and knows why
+_caught: set[type[Exception]] = set()  # what `leave` lets pass, see `parting`
+_compared = itertools.count()  # calls of `same`; the service takes every key once
 # Paths and threads may be each machine's own.
 _OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads")
 
@@ -114,13 +117,13 @@ def code_digest() -> str:
 def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
     """ValueError, in all processes, that names those whose facts differ from process 0's.
 
-    Nothing is compiled for it: it goes through the service that the processes joined. To be called
-    once for each `kind`.
+    Nothing is compiled for it: it goes through the service that the processes joined. All of them
+    call it as often, and wait for each other in it.
     """
     client, me, wait = _state().client, _state().process_id, round(1000 * seconds)
     if client is None:
         return
-    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{kind}"
+    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{next(_compared)}/{kind}"
     if me == 0:
         client.key_value_set(f"{key}/facts", json.dumps(facts))
     first = json.loads(client.blocking_key_value_get(f"{key}/facts", wait))
@@ -142,24 +145,31 @@ def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def parting() -> Iterator[None]:
+def parting(*caught: type[Exception]) -> Iterator[None]:
     """What goes wrong in here ends all processes: this one, with the reason, and the others soon.
 
     An error of all processes is raised as it is. After another one this process exits, at once and
     without the farewells that would wait for the others: with status 2 if the reason is its own,
     with AGAIN if it lost the others.
+
+    Args:
+      caught: errors that only ever come to all processes, and that the block itself catches: it
+        goes on after them, so `leave` does not take them for the end.
     """
     if jax.process_count() == 1:
         yield
         return
     _over.clear()
+    _caught.update(caught)
     threading.Thread(target=_listen, daemon=True).start()
     try:
         yield
     except Exception as error:
+        _caught.clear()
         leave(type(error), error, None)
         raise
     finally:
+        _caught.clear()
         _over.set()
 
 
@@ -169,7 +179,9 @@ def leave(kind: Any, error: BaseException | None, trace: Any) -> None:
     A save in the background is finished by all processes or by none.
     """
     del kind, trace
-    if isinstance(error, Exception) and jax.process_count() > 1 and not _over.is_set():
+    if not isinstance(error, Exception) or isinstance(error, tuple(_caught)):
+        return
+    if jax.process_count() > 1 and not _over.is_set():
         _over.set()
         _part(error)
 
@@ -234,7 +246,7 @@ def _first_line(error: Exception) -> str:
 
 def _end(status: int, text: str) -> NoReturn:
     """Exit now: an orderly exit would wait for processes that do not come."""
-    print(f"apollo-jax train: {text}", file=sys.stderr, flush=True)
+    print(f"apollo-jax: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apollo_jax.config import TrainConfig
-from apollo_jax.training.guard import BAD_STEPS, LEAST, WINDOW, Guard, Measured
+from apollo_jax.training.guard import BAD_STEPS, LEAST, WINDOW, Diverged, Guard, Measured
 
 NAN = math.nan
 
@@ -28,7 +28,7 @@ def guard(tmp_path, **fields) -> Guard:
 def test_no_number_stops_and_names_the_records(tmp_path, loss, norm, said):
     one = guard(tmp_path)
     assert not one.see(Measured(2, 1e30, 1e30))
-    with pytest.raises(ValueError, match=f"{said}; its records: r3, x\n"):
+    with pytest.raises(Diverged, match=f"{said}; its records: r3, x\n"):
         one.see(Measured(3, loss, norm))
     (line,) = map(json.loads, (tmp_path / BAD_STEPS).read_text().splitlines())
     assert line["records"] == ["r3", "x"]
@@ -70,5 +70,5 @@ def test_too_many_in_a_row_stop(tmp_path):
     assert not one.see(Measured(2, 1.0, 1.0))
     assert one.see(Measured(3, NAN, NAN))
     assert one.see(Measured(4, NAN, NAN))
-    with pytest.raises(ValueError, match="3 bad steps in a row, more than config"):
+    with pytest.raises(Diverged, match="3 bad steps in a row, more than config"):
         one.see(Measured(5, NAN, NAN))
