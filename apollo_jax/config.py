@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from apollo_jax.config_ranges import out_of_range
 from apollo_jax.config_values import from_dict, leaves, override
 from apollo_jax.config_values import to_config as to_config  # config files write it
 from apollo_jax.models import apollo
@@ -113,7 +114,8 @@ class TrainConfig:
     @property
     def ramp(self) -> ramp.Ramp:
         """How many microbatches each update has."""
-        return ramp.Ramp(self.batch_ramp or ((0, self.accumulate),))
+        pieces = self.batch_ramp or ((0, self.accumulate),)
+        return ramp.Ramp(ramp.reached(pieces, self.num_steps))
 
 
 @dataclass(frozen=True)
@@ -174,29 +176,18 @@ def _problems(e: Experiment) -> Iterator[str]:
     if e.data.length > e.model.llm.max_position_embeddings:
         limit = e.model.llm.max_position_embeddings
         yield f"config.data.length is {e.data.length}, the decoder's positions end at {limit}"
-    for name, rate in dataclasses.asdict(e.optimizer.learning_rates).items():
-        if rate < 0:
-            yield f"config.optimizer.learning_rates.{name} is {rate}; 0 freezes, negative is wrong"
     for name in ("vision_tower", "connector", "llm"):
         updates, rate = getattr(e.train.lora, name), getattr(e.optimizer.learning_rates, name)
-        if updates.rank < 0 or updates.alpha <= 0:
-            yield f"config.train.lora.{name} is {updates}; rank 0 is none, alpha must be above 0"
+        if updates.rank > 0 and not updates.targets:
+            yield (
+                f"config.train.lora.{name}.targets is empty, with rank {updates.rank} it names "
+                "the linears that get updates: layers/* is usual, all in the blocks"
+            )
         if updates.rank > 0 and not rate:
             yield (
                 f"config.train.lora.{name}.rank is {updates.rank} but nothing of it trains: "
                 f"config.optimizer.learning_rates.{name} is 0"
             )
-    if not 0 <= e.train.ema_decay < 1:
-        yield f"config.train.ema_decay is {e.train.ema_decay}, must be at least 0 and below 1"
-    if e.train.ema_decay and e.optimizer.name == "schedule_free":
-        yield "config.optimizer.name schedule_free averages by itself: config.train.ema_decay is 0"
-    if e.optimizer.name == "schedule_free" and e.optimizer.schedule != "constant":
-        yield "config.optimizer.name schedule_free needs config.optimizer.schedule=constant"
-    if e.train.loss_chunk < 0:
-        yield f"config.train.loss_chunk is {e.train.loss_chunk}; 0 = all positions at once"
-    if e.train.loss_skip_below and e.train.loss_cut != "vocabulary":
-        yield "config.train.loss_skip_below skips blocks: it needs config.train.loss_cut=vocabulary"
-    yield from ramp.problems(e.train.accumulate, e.train.batch_ramp, e.train.noise_scale)
     if e.train.noise_scale_norms:
         if not e.optimizer.learning_rates.llm or e.train.lora.llm.rank:
             yield (
@@ -208,23 +199,38 @@ def _problems(e: Experiment) -> Iterator[str]:
                 "config.train.noise_scale_norms compares the rows of an update, which has only one "
                 "here: set config.data.batch_size or config.train.accumulate to 2 or more"
             )
-    yield from options.rate_problems(e.optimizer.rate_rule, e.optimizer.base_batch)
-    positive = ("num_steps", "log_every", "checkpoint_every", "keep")
-    for name in (*positive, "max_bad_steps", "join_seconds", "heartbeat_seconds"):
-        if getattr(e.train, name) < 1:
-            yield f"config.train.{name} is {getattr(e.train, name)}, must be at least 1"
-    if e.train.spike_factor and e.train.spike_factor <= 1:
-        yield f"config.train.spike_factor is {e.train.spike_factor}, must be 0 or above 1"
+    yield from shared_problems(e)
+
+
+def shared_problems(e: Any) -> Iterator[str]:
+    """What can be wrong with `train`, `optimizer` and `evaluation` of any kind of run."""
+    yield from out_of_range(e)
+    train, optimizer, evaluation = e.train, e.optimizer, e.evaluation
+    if optimizer.name == "schedule_free":
+        if train.ema_decay:
+            yield (
+                "config.optimizer.name schedule_free averages by itself: config.train.ema_decay "
+                f"must be 0, is {train.ema_decay}"
+            )
+        if optimizer.schedule != "constant":
+            yield (
+                "config.optimizer.name schedule_free needs config.optimizer.schedule=constant, "
+                f"which is {optimizer.schedule}"
+            )
+    if train.loss_skip_below and train.loss_cut != "vocabulary":
+        yield "config.train.loss_skip_below skips blocks: it needs config.train.loss_cut=vocabulary"
+    yield from ramp.problems(train.accumulate, train.batch_ramp, train.num_steps, train.noise_scale)
+    yield from options.rate_problems(optimizer.rate_rule, optimizer.base_batch)
     try:
-        first, _ = profiling.parse(e.train.profile)
-        if first > e.train.num_steps:
-            last = e.train.num_steps
+        first, _ = profiling.parse(train.profile)
+        if first > train.num_steps:
+            last = train.num_steps
             yield f"config.train.profile begins at step {first}, the run ends at {last}"
     except ValueError as error:
         yield f"config.train.profile: {error}"
-    if e.evaluation.samples and not e.evaluation.every:
+    if evaluation.samples and not evaluation.every:
         yield "config.evaluation.samples are answered at evaluations: set config.evaluation.every"
-    if e.evaluation.every and not e.evaluation.sources:
+    if evaluation.every and not evaluation.sources:
         yield "config.evaluation.every is set but config.evaluation.sources is empty"
 
 

@@ -90,7 +90,8 @@ def _read_tuple(args: tuple, value: Any, path: str) -> tuple:
         raise ValueError(f"{path} is {value!r}, must be a list (text: a,b,c)")
     types_ = args[:1] * len(items) if args[1:] == (...,) else args
     if len(types_) != len(items):
-        raise ValueError(f"{path} has {len(items)} values, takes {len(types_)}: {value!r}")
+        form = " (text: 0:1, in a list 0:1,1000:2)" * isinstance(value, str)
+        raise ValueError(f"{path} has {len(items)} values, takes {len(types_)}: {value!r}{form}")
     pairs = zip(types_, items, strict=True)
     return tuple(_read(t, v, f"{path}[{i}]") for i, (t, v) in enumerate(pairs))
 

@@ -25,11 +25,11 @@ from jaxtyping import Array, Bool, Int
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager, run
-from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, read
+from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, read, shared_problems
 from apollo_jax.config_values import from_dict, parse_overrides
 from apollo_jax.models import two_towers
 from apollo_jax.sharding import MeshConfig
-from apollo_jax.training import checks, contrastive_loss, losses, processes, ramp
+from apollo_jax.training import checks, contrastive_loss, losses, processes
 from apollo_jax.training import train as training
 from apollo_jax.training.boards import find_wandb
 from apollo_jax.training.goodput import Goodput
@@ -42,7 +42,7 @@ from apollo_jax.training.optimizer import (
     make_schedules,
     rates_by_batch,
 )
-from apollo_jax.training.optimizers import options
+from apollo_jax.training.ramp import left_out
 from apollo_jax.training.state import (
     Arrays,
     TrainState,
@@ -107,7 +107,7 @@ def _problems(c: Contrastive) -> Iterator[str]:
         yield f"config.data.frames_per_clip is {c.data.frames_per_clip}, the model takes {count}"
     if c.evaluation.samples:
         yield "config.evaluation.samples is of apollo-jax train: towers answer nothing"
-    yield from ramp.problems(c.train.accumulate, c.train.batch_ramp, c.train.noise_scale)
+    yield from shared_problems(c)
     if c.train.lora.chosen() or c.train.ema_decay:
         yield "config.train.lora and config.train.ema_decay are of apollo-jax train alone"
     if c.train.noise_scale_norms:
@@ -115,12 +115,11 @@ def _problems(c: Contrastive) -> Iterator[str]:
             "config.train.noise_scale_norms reads the norms of a decoder, and there is none here: "
             "take config.train.noise_scale"
         )
-    yield from options.rate_problems(c.optimizer.rate_rule, c.optimizer.base_batch)
     if unknown := set(c.init_parts.towers) - set(c.model.towers):
         known = ", ".join(c.model.towers)
         yield f"config.init_parts.towers names {sorted(unknown)}; the model has {known}"
-    if not any(rate > 0 for rate in asdict(c.rates).values()) or min(asdict(c.rates).values()) < 0:
-        yield f"config.rates are {asdict(c.rates)}; one must be positive, none negative"
+    if not any(asdict(c.rates).values()):
+        yield f"config.rates are {asdict(c.rates)}; one must be positive"
 
 
 def main(argv: list[str]) -> None:
@@ -165,7 +164,8 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
         batches = Batches(experiment.data.batch_size, sizes)
-        for line in rates_by_batch(_rated(experiment), batches):
+        late = left_out(experiment.train.batch_ramp, experiment.train.num_steps)
+        for line in (*late, *rates_by_batch(_rated(experiment), batches)):
             console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             first = partial(initial_weights, experiment, program.abstract)

@@ -130,12 +130,12 @@ class MetricLog:
         if self.pending is None:
             return
         (step, metrics), self.pending = self.pending, None
-        metrics = self.noise.see(metrics)
         seen = {name: metrics[name] for name in (*_EVERY_STEP, BY_GROUP) if name in metrics}
         seen = jax.device_get(seen)
         left_out = step <= self.judged  # it was taken back with the bad one before it
         if self.guard is not None and not left_out:
             left_out = self.guard.see(Measured(step, *(float(seen[name]) for name in _EVERY_STEP)))
+        metrics = self.noise.see(metrics, counts=not left_out)
         if BY_GROUP in seen and not left_out:
             self.groups += seen[BY_GROUP][: len(self.groups)]
         if self._is_logged(step):

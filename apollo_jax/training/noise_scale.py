@@ -106,14 +106,15 @@ class NoiseScale:
         """JSON-able: what a continued run must know to go on as this one would have."""
         return {"means": self.means}
 
-    def see(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    def see(self, metrics: Mapping[str, Any], counts: bool = True) -> dict[str, Any]:
         """Take an update's estimates, if it has any; its metrics with the noise scales beside them.
 
-        A part whose estimates are no numbers (one microbatch, no video in the rows) stays as it is.
+        An update that does not count, because it was left out or taken back, changes no mean. A
+        part whose estimates are no numbers (one microbatch, no video in the rows) stays as it is.
         """
         new = {name: v for name, v in metrics.items() if name.startswith((VARIANCE, SIGNAL))}
         new = {name: float(value) for name, value in jax.device_get(new).items()}
-        for variance in (name for name in new if name.startswith(VARIANCE)):
+        for variance in (name for name in new if counts and name.startswith(VARIANCE)):
             both = variance, variance.replace(VARIANCE, SIGNAL, 1)
             if all(math.isfinite(new[name]) for name in both):
                 for name in both:

@@ -133,7 +133,9 @@ def _after_clip(
             low = getattr(config, config.name)
             roles: tuple[Role, ...] = ("matrix",)
             roles += ("embedding", "head") if low.tables else ()
-            return [by_role(scale_by_apollo(low, *moments), adam, roles), *decay, rate]
+            # Where a projection is not smaller than the gradient, Adam is exact and keeps less.
+            apollo = scale_by_apollo(low, *moments)
+            return [by_role(apollo, adam, roles, above=low.rank), *decay, rate]
 
 
 def _adafactor(config: options.Adafactor) -> optax.GradientTransformation:

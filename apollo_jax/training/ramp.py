@@ -44,16 +44,31 @@ class Ramp(NamedTuple):
         return max(count for _, count in self.pieces)
 
 
+Pieces = tuple[tuple[int, int], ...]
+
+
+def reached(pieces: Pieces, updates: int) -> Pieces:
+    """The pieces that a run of so many updates comes to."""
+    return (*pieces[:1], *(piece for piece in pieces[1:] if piece[0] < updates))
+
+
+def left_out(pieces: Pieces, updates: int) -> list[str]:
+    """What to tell of the others."""
+    late = ",".join(f"{first}:{count}" for first, count in pieces if first >= updates)
+    return [f"config.train.batch_ramp: {late} is left out, the run ends at {updates}"] * bool(late)
+
+
 def problems(
-    accumulate: int, pieces: tuple[tuple[int, int], ...], noise_scale: bool = False
+    accumulate: int, pieces: Pieces, updates: int, noise_scale: bool = False
 ) -> Iterator[str]:
     """What is wrong with `train.accumulate` and `train.batch_ramp`, by name."""
-    if accumulate < 1:
-        yield f"config.train.accumulate is {accumulate}, an update has at least 1 microbatch"
-    if noise_scale and max([accumulate, *(count for _, count in pieces)]) < 2:
+    most = max([accumulate, *(count for _, count in reached(pieces, updates))])
+    if noise_scale and most < 2:
         yield (
             "config.train.noise_scale compares the microbatches of an update, which has only one "
-            "here: set config.train.accumulate to 2 or more (and data.batch_size to fewer rows)"
+            f"in all {updates} updates here: set config.train.accumulate, or a piece of "
+            "config.train.batch_ramp before the end, to 2 or more (and data.batch_size to fewer "
+            "rows)"
         )
     if not pieces:
         return

@@ -34,6 +34,7 @@ from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, rates_by_batch
 from apollo_jax.training.profiling import Tracer
+from apollo_jax.training.ramp import left_out
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import Arrays, TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
@@ -87,7 +88,9 @@ def train(experiment: Experiment, workdir: Path) -> bool:
         checks.memory(experiment, program.abstract, mesh.shape)
         shapes = {**program.abstract.params, **program.abstract.frozen}
         console.print(stages.start_up_table(shapes, experiment.optimizer.learning_rates))
-        for line in rates_by_batch(experiment.optimizer, Batches(experiment.data.batch_size, ramp)):
+        batches = Batches(experiment.data.batch_size, ramp)
+        late = left_out(experiment.train.batch_ramp, experiment.train.num_steps)
+        for line in (*late, *rates_by_batch(experiment.optimizer, batches)):
             console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             first = partial(initial_weights, experiment, shapes)

@@ -96,12 +96,21 @@ def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays
     found = checkpoints.stored_shapes()
     _check_shapes(path, {n: s for n, s in found.items() if not lora.is_update(n)}, shapes)
     if of.train.lora.chosen():
-        _, step, _ = run.progress(Path(path))
+        step = int(run.latest_weights(Path(path)).parent.name)
         weights = placement.place(run_weights(Path(path), of), shapes)
     else:
         step, weights = checkpoints.restore_weights(shapes)
     checkpoints.close()
-    return weights, f"{path} ({of.name}) after step {step} of {of.train.num_steps}"
+    _, latest, steps = run.progress(Path(path))
+    if step < latest:
+        folder = Path(path) / run.CHECKPOINTS / f"{latest:08d}"
+        raise ValueError(
+            f"config.init_from {path} ({of.name}): its checkpoint of step {latest} is damaged, and "
+            f"the one of step {step} of {steps} is not what the run ended with. Continue that run "
+            "with its own command, which does the missing steps again; or, to start from step "
+            f"{step}, move {folder} away"
+        )
+    return weights, f"{path} ({of.name}) after step {step} of {steps}"
 
 
 def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:

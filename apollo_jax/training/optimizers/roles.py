@@ -52,11 +52,20 @@ def by_role(
     special: optax.GradientTransformation,
     rest: optax.GradientTransformation,
     roles: tuple[Role, ...] = ("matrix",),
+    above: int = 0,
 ) -> optax.GradientTransformation:
-    """`special` for the parameters of these roles, `rest` for the others."""
+    """`special` for the parameters of these roles with two axes, `rest` for the others.
+
+    Args:
+      above: `special` is only for those of which both axes are longer than this.
+    """
+
+    def is_special(name: str, x: jax.Array) -> bool:
+        shape = x.shape[is_stacked(name) :]
+        return role_of(name, x.ndim) in roles and len(shape) == 2 and min(shape) > above
 
     def parts(tree: dict) -> tuple[dict, dict]:
-        one = {n: x for n, x in tree.items() if role_of(n, x.ndim) in roles}
+        one = {n: x for n, x in tree.items() if is_special(n, x)}
         return one, {n: x for n, x in tree.items() if n not in one}
 
     def init(params: Any) -> Any:

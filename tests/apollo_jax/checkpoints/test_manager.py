@@ -114,9 +114,25 @@ def truncate(folder: Path) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
+def flip(folder: Path) -> None:
+    """64 bytes in the middle of the arrays, in place: nothing about the file changes but them."""
+    largest = max(folder.glob("ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    middle = slice(len(content) // 2, len(content) // 2 + 64)
+    content[middle] = bytes(255 - byte for byte in content[middle])
+    largest.write_bytes(content)
+
+
+def renumber(file: Path) -> None:
+    file.write_text(file.read_text().replace('"next_step": 3', '"next_step": 7'))
+
+
 DAMAGES = {
     "data cut off": lambda folder: truncate(folder / "weights"),
     "moments cut off": lambda folder: truncate(folder / "optimizer"),
+    "bytes flipped": lambda folder: flip(folder / "weights"),
+    "bytes of moments flipped": lambda folder: flip(folder / "optimizer"),
+    "a digit of the iterator": lambda folder: renumber(folder / "loop" / "metadata"),
     "manifest gone": lambda folder: os.remove(folder / "weights" / "manifest.ocdbt"),
     "part gone": lambda folder: shutil.rmtree(folder / "optimizer"),
     "iterator empty": lambda folder: os.truncate(folder / "loop" / "metadata", 0),
@@ -138,6 +154,25 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, damage, capsys):
     again.save(3, make_state(3), {"next_step": 3})
     again.close()
     assert restore(run)[0] == 3
+
+
+def test_flipped_bytes_are_no_weights_for_an_export(run):
+    flip(run / "checkpoints" / "00000003" / "weights")
+    stored = OrbaxArrays(latest_weights(run))
+    with pytest.raises(ValueError, match="llm/a/0/kernel is damaged or missing"):
+        stored.read("llm/a/0/kernel")
+
+
+def test_checkpoints_of_before_there_were_checksums_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(manager, "CHECKED", dict(id="zstd", level=1))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, make_state(3), {"next_step": 3})
+    checkpoints.close()
+    loop = tmp_path / "checkpoints" / "00000003" / "loop" / "metadata"
+    loop.write_text('{"step": 3, "data": {"next_step": 3}}')
+    step, state, data = restore(tmp_path)
+    assert (step, data) == (3, {"next_step": 3})
+    assert same(state, make_state(3))
 
 
 def test_a_reader_changes_nothing(run, capsys):

@@ -151,7 +151,7 @@ def test_what_a_run_does_not_have(folder, tmp_path):
         ({"train.ema_decay": "1"}, "must be at least 0 and below 1"),
         (
             {"train.ema_decay": "0.9", "optimizer.name": "schedule_free"},
-            "schedule_free averages by itself",
+            r"schedule_free averages by itself: config\.train\.ema_decay must be 0, is 0\.9",
         ),
     ],
 )

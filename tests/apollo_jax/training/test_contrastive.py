@@ -136,6 +136,11 @@ def test_configs_that_do_not_fit_are_named(pairs):
         replace(e, data=replace(e.data, frames_per_clip=2))
     with pytest.raises(ValueError, match="one must be positive"):
         replace(e, rates=Rates(0.0, 0.0, 0.0))
+    optimizer = replace(e.optimizer, name="schedule_free", schedule="cosine")
+    with pytest.raises(ValueError, match=r"needs .*schedule=constant, which is cosine"):
+        replace(e, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"rates\.text is -1\.0, must be at least 0"):
+        replace(e, rates=Rates(1.0, -1.0, 1.0))
     with pytest.raises(ValueError, match="12 does not divide over the 8 devices"):
         contrastive.train(replace(e, data=replace(e.data, batch_size=12)), pairs / "none")
 

@@ -2,6 +2,7 @@
 """Stage after stage as a user runs them: each starts from the one before, which lies beside it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -117,6 +118,20 @@ def test_another_model_or_tokenizer(runs, refused, tmp_path):
         r"another tokenizer than .*other\.model: \d+ and \d+ tokens, \d+ of them only in one",
         f"--config.data.tokenizer={tmp_path / 'other.model'}",
     )
+
+
+def test_a_run_whose_last_checkpoint_is_damaged(runs, refused, tmp_path):
+    """What it has before that is not what it ended with, whether found by name or by path."""
+    copy = shutil.copytree(runs / "vision", tmp_path / "vision")
+    said = json.loads((copy / "config.json").read_text())
+    said["train"]["num_steps"] = 3
+    (copy / "config.json").write_text(json.dumps(said))
+    last = shutil.copytree(copy / "checkpoints" / "00000002", copy / "checkpoints" / "00000003")
+    for file in last.glob("weights/ocdbt.process_0/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    wrong = r"of step 3 is damaged, and the one of step 2 of 3 is not .*or,.* move .*00000003 away"
+    refused(rf"vision \(small-vision\): its checkpoint {wrong}")
+    refused(rf"vision \(small-vision\): its checkpoint {wrong}", f"--config.init_from={copy}")
 
 
 def test_a_part_is_missing(runs, refused, tmp_path, monkeypatch):

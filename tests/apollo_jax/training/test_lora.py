@@ -196,8 +196,12 @@ def test_no_gradient_has_the_shape_of_a_weight(folder):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"llm.rank": "-1"}, "rank=-1.* rank 0 is none"),
-        ({"llm.rank": "2", "llm.alpha": "0"}, "alpha must be above 0"),
+        ({"llm.rank": "-1"}, r"lora\.llm\.rank is -1, must be at least 0"),
+        ({"llm.rank": "2", "llm.alpha": "0"}, r"lora\.llm\.alpha is 0\.0, must be above 0"),
+        (
+            {"llm.rank": "2", "llm.targets": ""},
+            r"lora\.llm\.targets is empty, .* layers/\* is usual",
+        ),
         ({"vision_tower.rank": "2"}, r"nothing of it trains: .*vision_tower is 0"),
     ],
 )

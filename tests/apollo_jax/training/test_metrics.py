@@ -11,7 +11,7 @@ import pytest
 
 from apollo_jax.config import TrainConfig
 from apollo_jax.training.boards import METRICS, forget_after
-from apollo_jax.training.guard import BAD_STEPS, Guard
+from apollo_jax.training.guard import BAD_STEPS, Guard, Measured
 from apollo_jax.training.metrics import MetricLog
 from data_pipeline.loader import Counts, LoadStats
 
@@ -98,6 +98,22 @@ def test_steps_that_are_taken_back_are_in_no_loss_by_group(log, tmp_path):
     (line,) = lines(tmp_path)
     assert (line["loss/modality/text"], line["target_tokens/modality/text"]) == (3.5, 2.0)
     assert line["bad_steps"] == 1
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_steps_that_are_left_out_are_in_no_noise_scale(log, tmp_path, policy):
+    """A spike of finite numbers: its estimates are shown, the running means stay as they were."""
+    guard = Guard(TrainConfig(3, on_nonfinite=policy, spike_factor=2.0), tmp_path)
+    guard.good = [Measured(-step, 1.0, 1.0) for step in range(20)]
+    log = log(start=0, num_steps=3, every=1, guard=guard)
+    for step, loss in enumerate((1.0, 100.0), 1):
+        noise = {"noise/variance": jnp.float32(6 * loss**3), "noise/signal": jnp.float32(2 * loss)}
+        log.push(step, metrics(loss) | noise, STATS, waited=0.0)
+        log.flush()
+    first, spike = lines(tmp_path)
+    assert spike["bad_steps"] == 1
+    assert (spike["noise/variance"], spike["noise_scale"]) == (6e6, 3.0)
+    assert log.noise.ratios() == {"noise_scale": first["noise_scale"]}
 
 
 def test_bad_records_are_named_and_counted(log, tmp_path, capsys):

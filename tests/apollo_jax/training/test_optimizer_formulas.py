@@ -256,7 +256,7 @@ def test_schedule_free_is_that_of_optax():
 @pytest.mark.parametrize("name", ["apollo", "apollo_mini"])
 def test_apollo(name):
     """arXiv 2412.05270, Algorithm 1; bias correction after the limiter as in the authors' code."""
-    rank, every, limit = 1 if name == "apollo_mini" else 3, 3, 1.05
+    rank, every, limit = 1 if name == "apollo_mini" else 2, 3, 1.05
     defaults = getattr(OptimizerConfig(), name)
     low = dataclasses.replace(defaults, rank=rank, every=every, growth=limit)
 
@@ -295,6 +295,23 @@ def test_apollo_goes_on_after_a_step_without_gradient():
         updates, state = tx.update({MATRIX: grad}, state, params)
     moved: Any = updates
     assert float(jnp.abs(moved[MATRIX]).max()) > RATE / 10
+
+
+def test_apollo_leaves_to_adam_what_a_projection_makes_no_smaller():
+    """As the factors of low-rank updates; their moments would be larger than the gradient."""
+    agrees(optimizer("apollo", apollo=options.Apollo(rank=9)), adamw)
+    config = optimizer("apollo", apollo=options.Apollo(rank=3))
+    state: Any = make_optimizer(config, make_schedules(config, 100)).init(draw(0))
+    (low, _), *_ = (s for s in state if isinstance(s, tuple) and len(s) == 2)
+    assert sorted(low.moments) == [STACK, MATRIX]
+
+
+def test_apollo_projects_no_vectors():
+    config = optimizer("apollo", apollo=options.Apollo(rank=2, tables=True))
+    params = {"llm/cls_token": jnp.ones(9), TABLE: jnp.ones((7, 4))}
+    state: Any = make_optimizer(config, make_schedules(config, 100)).init(params)
+    (low, adam), *_ = (s for s in state if isinstance(s, tuple) and len(s) == 2)
+    assert ([*low.moments], [*adam.mu]) == ([TABLE], ["llm/cls_token"])
 
 
 def test_apollo_projects_tables_where_it_is_told_to():

@@ -7,7 +7,7 @@ import pytest
 
 from apollo_jax.config import LearningRates, OptimizerConfig
 from apollo_jax.training.optimizer import Batches, make_schedules, rates_by_batch
-from apollo_jax.training.ramp import Ramp
+from apollo_jax.training.ramp import Ramp, left_out
 
 RAMP = Ramp(((0, 1), (3, 4), (5, 2)))
 COUNTS = [1, 1, 1, 4, 4, 2, 2, 2]  # of updates 0 to 7
@@ -34,6 +34,7 @@ def test_microbatches_of_and_before_every_update():
         ({"optimizer.rate_rule": "sqrt"}, r"config\.optimizer\.base_batch 0: set it to the rows"),
         ({"optimizer.base_batch": "64"}, r"base_batch is 64, but config\.optimizer\.rate_rule is"),
         ({"optimizer.rate_rule": "cubic"}, "rate_rule is 'cubic'; known: 'none', 'linear', 'sqrt'"),
+        ({"train.batch_ramp": "0:1,8:2", "train.noise_scale": "true"}, "only one in all 8 updates"),
         ({"train.batch_ramp": "0:x"}, r"config\.train\.batch_ramp\[0\]\[1\] is 'x'"),
     ],
 )
@@ -45,6 +46,15 @@ def test_what_cannot_be_meant_is_refused_by_name(experiment, overrides, said):
 def test_a_ramp_is_read_from_the_command_line(experiment):
     assert experiment({"train.batch_ramp": "0:1, 3:4,5:2"}).train.ramp == RAMP
     assert experiment({"train.accumulate": "3"}).train.ramp == Ramp(((0, 3),))
+
+
+def test_pieces_that_the_run_does_not_reach_are_left_out(experiment):
+    """Nothing is compiled or kept ready for them; the run has 8 updates."""
+    train = experiment({"train.batch_ramp": "0:1,7:2,8:4,5000:8"}).train
+    assert train.ramp == Ramp(((0, 1), (7, 2)))
+    (said,) = left_out(train.batch_ramp, train.num_steps)
+    assert said == "config.train.batch_ramp: 8:4,5000:8 is left out, the run ends at 8"
+    assert left_out(((0, 1), (7, 2)), 8) == []
 
 
 def rates(config: OptimizerConfig, steps: int, ramp: Ramp = RAMP) -> list[float]:
