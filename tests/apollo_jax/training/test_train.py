@@ -200,7 +200,7 @@ def test_another_config_is_refused(whole, experiment):
         ({"data.sources.all.path": "nowhere"}, "nowhere does not exist"),
         (
             {"data.batch_size": "12"},
-            "batch_size=12 does not divide .* nearest that work: config.data.batch_size=16 or mesh ",
+            "batch_size=12 does not divide .* that work: config.data.batch_size=16 or mesh ",
         ),
         ({"mesh.tensor": "3"}, "tensor=3 on 8 devices .* nearest that work: "),
         (
