@@ -23,8 +23,8 @@ from apollo_jax.planning import jobs
 from apollo_jax.planning.topology import parse
 
 _GIB, _TERA = 2**30, 1e12
-CONFIGS = ("apollo_1p5b", "apollo_3b", "apollo_7b")
-TOLERANCE = 0.02  # of memory, FLOPs and bytes, before the book counts as out of date
+CONFIGS = ("apollo_1p5b", "apollo_3b", "apollo_7b", "large_batch/apollo_7b_sft")
+TOLERANCE = 0.02  # of memory, FLOPs, bytes and the bound, before the book counts as out of date
 _FACTS = (
     "chips",
     "mesh",
@@ -33,7 +33,6 @@ _FACTS = (
     "batch",
     "model_flops",
     "fits",
-    "temporaries_at_peak",
 )
 _BOUND = ("compute_seconds", "exposed_exchange_seconds", "step_seconds", "mfu_ceiling",
           "tokens_per_second", "frames_per_second_per_host")  # fmt: skip
@@ -91,19 +90,29 @@ def entry(job: jobs.Job, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Figures of an entry that differ by more than TOLERANCE."""
+    """Figures of an entry that differ by more than TOLERANCE of what they are a part of."""
     before, after = _figures(old), _figures(new)
-    return [
-        f"{name}: {before[name]:.6g} in the book, {after[name]:.6g} now"
-        for name in before
-        if abs(after[name] - before[name]) > TOLERANCE * max(abs(before[name]), 1)
-    ]
+    wholes = {"bytes": before["bytes sent"], "bound": before.get("bound.step_seconds", 0.0)}
+    found = []
+    for name in before | after:
+        was, now = before.get(name, 0.0), after.get(name, 0.0)
+        whole = wholes.get(name.split()[0].partition(".")[0], was)
+        if abs(now - was) > TOLERANCE * whole:
+            found.append(f"{name}: {was:.6g} in the book, {now:.6g} now")
+    return found
 
 
 def _figures(entry: Mapping[str, Any]) -> dict[str, float]:
-    figures = {f"memory.{kind}": float(size) for kind, size in entry["memory"].items()}
+    figures: dict[str, float] = defaultdict(float)
+    figures |= {f"memory.{kind}": size for kind, size in entry["memory"].items()}
     figures |= {name: entry.get(name, 0.0) for name in ("model_flops", "executed_flops")}
-    return figures | {"bytes sent": sum(c["bytes"] for c in entry.get("collectives", ()))}
+    figures["bytes sent"] = sum(c["bytes"] for c in entry.get("collectives", ()))
+    for c in entry.get("collectives", ()):
+        figures[f"bytes sent by {c['kind']} along {' x '.join(c['axes'])}"] += c["bytes"]
+        figures["bytes sent beside computation"] += c["asynchronous"]
+    bound = entry.get("bound", {})
+    names = ("step_seconds", "exposed_exchange_seconds")
+    return figures | {f"bound.{name}": bound[name] for name in names if bound}
 
 
 def markdown(book: Mapping[str, Any]) -> str:
@@ -127,9 +136,9 @@ def markdown(book: Mapping[str, Any]) -> str:
 _HEAD = """<!-- Written by `apollo-jax plan book`: change the configs or the code, not this. -->
 # What the recipes need of a TPU
 
-Every stage of Apollo-1.5B, 3B and 7B on every slice that its config has a mesh for, as compiled by
-the TPU's own compiler ({versions}): `--config configs/apollo_7b.py:sft,v5p-128` is one row. No row
-was measured on a TPU. Memory and FLOPs are what the compiled program states; step time and tokens
+Every stage of Apollo-1.5B, 3B and 7B, and the last one at a large batch (figures are of its largest
+update), on every slice that its config has a mesh for, as compiled by the TPU's own compiler
+({versions}): `--config configs/apollo_7b.py:sft,v5p-128` is one row. No row was measured on a TPU. Memory and FLOPs are what the compiled program states; step time and tokens
 per second are bounds that a real run stays behind (`apollo-jax plan` prints their assumptions).
 
 Memory is GiB per device: what trains and what is frozen, the optimizer's moments, temporaries
@@ -191,7 +200,11 @@ def main(argv: list[str]) -> None:
     names = {job: name for name, job in every.items() if fnmatch.fnmatch(name, args.only)}
     if not names:
         raise ValueError(f"--only {args.only} names no entry; they are {', '.join(every)}")
+    versions = jobs.versions()
     old = json.loads(args.json.read_text()) if args.json.exists() else {"entries": {}}
+    if old["entries"] and old["versions"] != versions:
+        console.print(f"{args.json} is of {old['versions']}: a new book, of {versions}")
+        old["entries"] = {}
     found, failures = dict(old["entries"]), 0
     try:
         for job, facts in jobs.run(list(names), jobs.default_cache(), args.jobs):
@@ -202,7 +215,7 @@ def main(argv: list[str]) -> None:
             found[names[job]] = entry(job, facts)
             _say(names[job], found[names[job]], len(names))
             kept = {name: found[name] for name in every if name in found}
-            _write(args.json, args.markdown, {"versions": jobs.versions(), "entries": kept})
+            _write(args.json, args.markdown, {"versions": versions, "entries": kept})
     except KeyboardInterrupt:
         console.print("stopped; what is compiled is kept, the same command continues")
         raise SystemExit(130) from None

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import apollo_jax
+import data_pipeline.batch
 from apollo_jax.config import load
 
 # What decides about a plan, with all that the first of them imports from this package.
 _SOURCES = ("planning.ahead_of_time", "planning.plan")
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # of the environment, to the compiler
 
 
 class Failed(Exception):
@@ -46,7 +48,8 @@ class Job:
     def key(self) -> str:
         """The name of its result: a hash of all that the result depends on."""
         experiment = asdict(load(self.config, dict(self.overrides)))
-        parts = [step_fields(experiment), self.topology, versions(), _code()]
+        flags = [os.environ.get(name) for name in _FLAGS]
+        parts = [step_fields(experiment), self.topology, versions(), flags, _code()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -59,7 +62,7 @@ def step_fields(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what compiles; libtpu is absent where it is not installed."""
     found = {}
-    for name in ("jax", "jaxlib", "libtpu"):
+    for name in ("jax", "jaxlib", "flax", "libtpu"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -72,6 +75,7 @@ def _code() -> str:
     """A hash of the code that decides about a plan, without its comments and its layout."""
     first, *others = _SOURCES
     trees = modules(first) | {name: ast.parse(_path(name).read_text()) for name in others}
+    trees["batch"] = ast.parse(Path(data_pipeline.batch.__file__).read_text())
     text = "".join(ast.dump(tree) for _, tree in sorted(trees.items()))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -25,6 +25,10 @@ RECIPES = {
     "muon64": ("muon", 64, None),
 }
 SHARE = 0.05  # of the samples at each size of the ramp before the last
+PUBLISHED = load_module(Path(__file__).parents[1] / "apollo_7b.py")
+# The rows of a slice are the microbatch. The programs of `muon64` are those of `muon8`; `lamb8`
+# has AdamW's moments in place of Muon's.
+SLICES = {"muon8": PUBLISHED.SLICES["sft"]}
 
 
 def get_config(arg: str = "muon8") -> ConfigDict:
@@ -34,8 +38,7 @@ def get_config(arg: str = "muon8") -> ConfigDict:
         known = ", ".join(RECIPES)
         raise ValueError(f"configs/large_batch/apollo_7b_sft.py has no {name!r}; known: {known}")
     optimizer, most, rates = RECIPES[name]
-    published = load_module(Path(__file__).parents[1] / "apollo_7b.py")
-    config = published.get_config(f"sft{comma}{slice_name}").to_dict()
+    config = PUBLISHED.get_config(f"sft{comma}{slice_name}").to_dict()
     plain = from_dict(Experiment, config)
     ramp, steps = doubling(plain.train.num_steps, most)
     return to_config(

@@ -21,7 +21,6 @@ FACTS = {
     "model_flops": 1e14,
     "executed_flops": 1.5e14,
     "fits": True,
-    "temporaries_at_peak": {"gradients": GIB},
     "collectives": [
         dict(kind="all-gather", axes=["fsdp"], count=2, bytes=GIB, asynchronous=GIB),
         dict(kind="all-reduce", axes=["data", "fsdp"], count=1, bytes=GIB, asynchronous=0),
@@ -39,7 +38,7 @@ def made():
 
 def test_every_recipe_has_every_slice():
     names = list(fit_book.entries(CONFIGS))
-    assert len(names) == 3 * 3 * 4
+    assert len(names) == 3 * 3 * 4 + 4  # three sizes, three stages; a large batch
     assert names[0] == "apollo_1p5b:align,v5e-256"
     assert len(set(names)) == len(names)
 
@@ -56,12 +55,27 @@ def test_two_percent_are_let_through(made):
     new = copy.deepcopy(made)
     new["memory"]["temporaries"] *= 1.019
     new["collectives"][0]["bytes"] *= 0.97  # 1.5 % of all that is sent
+    new["collectives"][0]["asynchronous"] *= 0.97
+    new["bound"]["exposed_exchange_seconds"] *= 1.019
     assert not fit_book.changes(made, new)
     new["memory"]["temporaries"] *= 1.01
     new["executed_flops"] *= 0.97
     assert [line.partition(":")[0] for line in fit_book.changes(made, new)] == [
         "memory.temporaries",
         "executed_flops",
+    ]
+
+
+def test_what_is_sent_otherwise_is_a_change(made):
+    """As many bytes, but along another axis, or no longer beside computation."""
+    new = copy.deepcopy(made)
+    new["collectives"][0] |= {"axes": ["data"], "asynchronous": 0}
+    new["bound"]["step_seconds"] *= 1.03
+    assert [line.partition(":")[0] for line in fit_book.changes(made, new)] == [
+        "bytes sent by all-gather along fsdp",
+        "bytes sent beside computation",
+        "bound.step_seconds",
+        "bytes sent by all-gather along data",
     ]
 
 
@@ -101,6 +115,11 @@ def test_the_command_continues_and_writes(monkeypatch, tmp_path, capsys):
     ]
     assert "apollo_3b:sft" in (tmp_path / "fit.md").read_text()
     assert "6.00 of 96.00 GiB" in capsys.readouterr().out
+    monkeypatch.setattr(jobs, "versions", lambda: {"jax": "9"})
+    fit_book.main(["--only", "*_1p5b:sft,v5e*", *files])
+    assert "a new book" in capsys.readouterr().out
+    book = json.loads((tmp_path / "fit.json").read_text())
+    assert (list(book["entries"]), book["versions"]) == (["apollo_1p5b:sft,v5e-256"], {"jax": "9"})
     with pytest.raises(ValueError, match="they are apollo_1p5b:align,v5e-256"):
         fit_book.main(["--only", "nonesuch", *files])
     monkeypatch.setattr(jobs, "run", lambda *a: iter([(asked[0][0][0], jobs.Failed("boom"))]))

@@ -42,10 +42,19 @@ def test_the_page_is_made_of_it():
     assert (ROOT / "docs/fit.md").read_text() == fit_book.markdown(BOOK)
 
 
+def test_it_is_of_the_versions_that_are_locked():
+    """Else the test below would be skipped, and the book would age unseen."""
+    for name, version in BOOK["versions"].items():
+        lock = "lock-py311-tpu.txt" if name == "libtpu" else "lock-py311.txt"
+        locked = (ROOT / "requirements" / lock).read_text().splitlines()
+        assert f"{name}=={version}" in locked, f"{lock} has another {name}: apollo-jax plan book"
+    assert set(BOOK["versions"]) == {"jax", "jaxlib", "flax", "libtpu"}
+
+
 @pytest.mark.tpu
 @pytest.mark.parametrize("name", todays())
 def test_the_compiler_says_the_same(name, tmp_path, monkeypatch):
-    if jobs.versions() != BOOK["versions"]:
+    if jobs.versions() != BOOK["versions"]:  # another Python
         pytest.skip(f"the book is of {BOOK['versions']}, here are {jobs.versions()}")
     monkeypatch.chdir(ROOT)
     job = fit_book.entries()[name]

@@ -70,6 +70,9 @@ def test_the_key_follows_what_is_compiled(monkeypatch):
     assert key != job(2).key()
     assert key != job(1, **{"train.remat": "full"}).key()
     assert key != jobs.Job(DEMO, job(1).overrides, "v5e:4x8").key()
+    with monkeypatch.context() as environment:
+        environment.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_other=true")
+        assert key != job(1).key()
     monkeypatch.setattr(jobs, "versions", lambda: {"jax": "0"})
     assert key != job(1).key()
 
