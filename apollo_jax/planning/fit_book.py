@@ -138,8 +138,9 @@ _HEAD = """<!-- Written by `apollo-jax plan book`: change the configs or the cod
 
 Every stage of Apollo-1.5B, 3B and 7B, and the last one at a large batch (figures are of its largest
 update), on every slice that its config has a mesh for, as compiled by the TPU's own compiler
-({versions}): `--config configs/apollo_7b.py:sft,v5p-128` is one row. No row was measured on a TPU. Memory and FLOPs are what the compiled program states; step time and tokens
-per second are bounds that a real run stays behind (`apollo-jax plan` prints their assumptions).
+({versions}): `--config configs/apollo_7b.py:sft,v5p-128` is one row. No row was measured on a TPU.
+Memory and FLOPs are what the compiled program states; step time and tokens per second are bounds
+that a real run stays behind (`apollo-jax plan` prints their assumptions).
 
 Memory is GiB per device: what trains and what is frozen, the optimizer's moments, temporaries
 (activations, gradients, the compiler's copies) and the peak, also as a share of the device's own.
