@@ -8,6 +8,7 @@ A config file is `configs/NAME.py` with `get_config(arg: str = "") -> ConfigDict
 import dataclasses
 import difflib
 import importlib.util
+import math
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -151,6 +152,8 @@ class Experiment:
     topology: str = (
         ""  # the TPU slice that mesh and batch are laid out for; "" = none in particular
     )
+    # What a sample takes of packed rows, on average; 0 = not known. The plan's costs go by it.
+    positions_per_sample: float = 0.0
     # Folder of a run or a published model; "run:NAME": the finished run of that name beside the
     # workdir; "" = init_parts.
     init_from: str = ""
@@ -173,6 +176,8 @@ def _problems(e: Experiment) -> Iterator[str]:
     for name, (value, wanted) in same.items():
         if value != wanted:
             yield f"config.{name} is {value}, the model takes {wanted}"
+    if not 0 <= e.positions_per_sample < math.inf:
+        yield f"config.positions_per_sample is {e.positions_per_sample}, must be at least 0"
     if e.data.length > e.model.llm.max_position_embeddings:
         limit = e.model.llm.max_position_embeddings
         yield f"config.data.length is {e.data.length}, the decoder's positions end at {limit}"

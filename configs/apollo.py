@@ -130,5 +130,7 @@ def recipe(
             ),
             mesh=stage["mesh"],  # published: ZeRO-2; fsdp also shards parameters
             topology=slice_name,
+            # of the stage as published: 256 samples fill the rows of a step
+            positions_per_sample=STAGES[stage_name]["rows"] * STAGES[stage_name]["length"] / 256,
         )
     )

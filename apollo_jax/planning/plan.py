@@ -59,7 +59,6 @@ class Plan:
     frames: int
     config: Experiment
     price: float = 0.0  # USD per chip and hour; 0 = not asked
-    samples_per_row: float = 0.0  # that packing gives; 0 = not known
     input_bytes: int = 0  # of a step's batches, all chips
     microbatches: int = 1  # of a step; with a ramp of the largest, as all that is per step
 
@@ -171,7 +170,7 @@ class Plan:
         }
 
     def _cost(self) -> dict[str, float]:
-        """USD at the bound; of samples only where it is known how many are packed into a row."""
+        """USD at the bound; of samples only where the config knows what one takes of the rows."""
         step, train = self.step_seconds / 3600 * self.topology.chips * self.price, self.config.train
         cost = {
             "usd_per_chip_hour": self.price,
@@ -180,19 +179,13 @@ class Plan:
             "usd_per_billion_tokens": step / self.tokens * 1e9,
             "usd_of_the_run": step * train.ramp.before(train.num_steps) / self.microbatches,
         }
-        if not self.samples_per_row:
+        if not self.config.positions_per_sample:
             return cost
-        samples = self.samples_per_row * self.rows
+        samples = self.tokens / self.config.positions_per_sample
         return cost | {"samples_per_step": samples, "usd_per_million_samples": step / samples * 1e6}
 
 
-def plan(
-    experiment: Experiment,
-    topology: Topology,
-    price: float = 0.0,
-    code: bool = True,
-    samples_per_row: float = 0.0,
-) -> Plan:
+def plan(experiment: Experiment, topology: Topology, price: float = 0.0, code: bool = True) -> Plan:
     """Compiles the experiment for the topology; `price` in USD per chip and hour.
 
     Without `code` the compiler is left before the machine code, see layout_only.
@@ -217,7 +210,6 @@ def plan(
         frames=rows * data.clips * data.frames_per_clip,
         config=experiment,
         price=price,
-        samples_per_row=samples_per_row,
         input_bytes=count * size,
         microbatches=count,
     )
@@ -246,25 +238,17 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--price", type=float, default=0.0, help="USD per chip and hour")
     parser.add_argument(
-        "--samples-per-row",
-        type=float,
-        default=0.0,
-        metavar="N",
-        help="as apollo-jax data check says; with --price: what a million samples cost",
-    )
-    parser.add_argument(
         "--no-code", action="store_true", help="stop before the machine code: a tenth of the time"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page about it")
     args, rest = parser.parse_known_args(argv)
-    for name, value in (("price", args.price), ("samples-per-row", args.samples_per_row)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"--{name} {value:g} is not possible: above 0, or 0 for not known")
+    if not 0 <= args.price < math.inf:
+        raise ValueError(f"--price {args.price:g} is not possible: above 0, or 0 for not known")
     writable(args.json, args.html)
     use_compiler_only()
     experiment, topology = load(args.config, parse_overrides(rest)), parse(args.topology)
-    facts = plan(experiment, topology, args.price, not args.no_code, args.samples_per_row).facts()
+    facts = plan(experiment, topology, args.price, not args.no_code).facts()
     show(Console(), facts)
     if args.json:
         write_atomic(args.json, (json.dumps(facts, indent=1) + "\n").encode())

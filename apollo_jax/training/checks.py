@@ -30,6 +30,7 @@ FREE = (
     "train.on_nonfinite", "train.spike_factor", "train.max_bad_steps", "train.join_seconds",
     "train.heartbeat_seconds", "train.accumulate", "train.batch_ramp",  # see loading.resume
     "train.noise_scale", "train.noise_scale_norms", "train.profile", "train.wandb",
+    "positions_per_sample",
     # Rates are a function of the update alone, so what comes may change like the ramp.
     "train.num_steps", "optimizer.schedule_by", "optimizer.rate_rule", "optimizer.base_batch",
 )  # fmt: skip

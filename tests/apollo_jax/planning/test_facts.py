@@ -59,8 +59,9 @@ def test_samples_cost_the_same_in_updates_of_any_size(example):
         # an update of as many times the rows takes as many times the seconds
         one = example(price=2.0)
         totals = replace(one.compiled.totals, seconds=0.34 * size)
-        made = replace(one, rows=size, compiled=replace(one.compiled, totals=totals))
-        cost[name] = replace(made, samples_per_row=4.0).facts()["cost"]
+        made = replace(one, compiled=replace(one.compiled, totals=totals), config=large)
+        tokens = size * large.data.length
+        cost[name] = replace(made, rows=size, tokens=tokens).facts()["cost"]
     assert rows == 64 * 64
     assert cost["published"]["samples_per_step"] == 256
     assert cost["muon64"]["samples_per_step"] == 64 * 256
@@ -70,7 +71,9 @@ def test_samples_cost_the_same_in_updates_of_any_size(example):
 
 
 def test_what_is_printed(example):
-    text = printed(replace(example(price=2.0), samples_per_row=4.0).facts())
+    one = example(price=2.0)
+    four_to_a_row = replace(one.config, positions_per_sample=192 / 4)
+    text = printed(replace(one, config=four_to_a_row).facts())
     for said in (
         "32 chips, data 2 x fsdp 8 x context 1 x tensor 2",
         "bf16[24,8,16384] qwen2.py:7 Qwen2.__call__ (kept for the backward pass)",
@@ -121,7 +124,6 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(tmp_path, monkeypatc
         ("--price", "-3", "--price -3 is not possible"),
         ("--price", "nan", "--price nan is not possible"),
         ("--price", "inf", "--price inf is not possible"),
-        ("--samples-per-row", "-1", "--samples-per-row -1 is not possible"),
         ("--json", str(tmp_path / "no" / "a.json"), "no is no folder"),
         ("--html", str(tmp_path / "no" / "a.html"), "no is no folder"),
         ("--html", str(tmp_path), "is a folder; name a file in it"),

@@ -26,7 +26,7 @@ def run(folder, *arguments, config="configs/demo.py:sft", **overrides):
 
 def test_the_real_step_is_compiled_for_two_slices(tmp_path):
     mesh = {"mesh.data": "4", "mesh.fsdp": "4"}
-    page = "--html", tmp_path / "plan.html", "--price", "1.5", "--samples-per-row", "2"
+    page = "--html", tmp_path / "plan.html", "--price", "1.5", "--config.positions_per_sample=128"
     done = run(tmp_path, "--topology", "2*v5e:2x4", *page, **mesh)
     assert done.returncode == 0, done.stderr
     assert "16 chips, data 4 x fsdp 4 x context 1 x tensor 1" in done.stdout
