@@ -15,14 +15,14 @@ import numpy as np
 
 from apollo_jax import sharding
 from apollo_jax.config import Experiment
-from apollo_jax.planning import flops, hlo, layout_only
+from apollo_jax.planning import hlo, layout_only
 from apollo_jax.planning.buffers import GAPS, Buffer, at_peak
 from apollo_jax.planning.hlo_module import Module
 from apollo_jax.planning.rates import Rates
 from apollo_jax.planning.topology import Topology, use_compiler_only
-from apollo_jax.training import accumulate, losses, stages
-from apollo_jax.training.state import HOST, TrainState, abstract_model, merge, split
-from apollo_jax.training.step import batch_sums, build
+from apollo_jax.training import accumulate
+from apollo_jax.training.state import HOST, TrainState
+from apollo_jax.training.step import build
 from data_pipeline.batch import Batch, empty_batch
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -233,33 +233,6 @@ def _rates(mesh: Any, topology: Topology) -> Rates:
         shape=topology.shape,
         wraps=chip.wraps,
     )
-
-
-def model_flops(experiment: Experiment) -> float:
-    """FLOPs that a microbatch of this experiment needs: products of its loss's gradient.
-
-    Counted without rematerialisation, of logits too; the decoder's causal attention by half.
-    """
-    train = replace(experiment.train, remat="none", loss_chunk=0, loss_cut="positions")
-    trained = stages.trained_components(experiment.optimizer.learning_rates)
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices(backend="cpu")[:1])
-    graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
-    plain = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
-    params, frozen = split(plain, trained)
-    one_row = replace(experiment, data=replace(experiment.data, batch_size=1))
-    batch = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), abstract_batch(one_row, mesh)
-    )
-
-    def loss(params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        return losses.mean(batch_sums(merge(graphdef, params, frozen), batch, train))[0]
-
-    llm, length = experiment.model.llm, experiment.data.length
-    products = 4.0 * length**2 * llm.hidden_size * llm.num_hidden_layers
-    passes = 3  # the gradient passes through the decoder in every stage
-    with jax.set_mesh(mesh):  # a CPU's, so that attention is no kernel wherever this runs
-        row = flops.count(jax.grad(loss), params, frozen, batch) - passes * products / 2
-    return row * experiment.data.batch_size
 
 
 def _held(state: TrainState, batch: Batch, accumulated: Any) -> dict[str, int]:

@@ -8,10 +8,46 @@ rematerialisation and with all logits at once: what any implementation must comp
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 from jax.extend import core
+
+from apollo_jax import sharding
+from apollo_jax.config import Experiment
+from apollo_jax.planning.ahead_of_time import abstract_batch
+from apollo_jax.training import losses, stages
+from apollo_jax.training.state import abstract_model, merge, split
+from apollo_jax.training.step import batch_sums
+from data_pipeline.batch import Batch
+
+
+def model_flops(experiment: Experiment) -> float:
+    """FLOPs that a microbatch of this experiment needs: products of its loss's gradient.
+
+    Counted without rematerialisation, of logits too; the decoder's causal attention by half.
+    """
+    train = replace(experiment.train, remat="none", loss_chunk=0, loss_cut="positions")
+    trained = stages.trained_components(experiment.optimizer.learning_rates)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices(backend="cpu")[:1])
+    graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
+    plain = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
+    params, frozen = split(plain, trained)
+    one_row = replace(experiment, data=replace(experiment.data, batch_size=1))
+    batch = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype), abstract_batch(one_row, mesh)
+    )
+
+    def loss(params: Any, frozen: Any, batch: Batch) -> jax.Array:
+        return losses.mean(batch_sums(merge(graphdef, params, frozen), batch, train))[0]
+
+    llm, length = experiment.model.llm, experiment.data.length
+    products = 4.0 * length**2 * llm.hidden_size * llm.num_hidden_layers
+    passes = 3  # the gradient passes through the decoder in every stage
+    with jax.set_mesh(mesh):  # a CPU's, so that attention is no kernel wherever this runs
+        row = count(jax.grad(loss), params, frozen, batch) - passes * products / 2
+    return row * experiment.data.batch_size
 
 
 def count(function: Callable, *args: Any) -> int:

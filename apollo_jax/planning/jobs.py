@@ -23,7 +23,7 @@ import data_pipeline.batch
 from apollo_jax.config import load
 
 # What decides about a plan, with all that the first of them imports from this package.
-_SOURCES = ("planning.ahead_of_time", "planning.plan")
+_SOURCES = ("planning.ahead_of_time", "planning.plan", "planning.flops")
 _FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # of the environment, to the compiler
 
 

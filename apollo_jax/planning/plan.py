@@ -22,12 +22,8 @@ from apollo_jax import sharding
 from apollo_jax.config import Experiment, load
 from apollo_jax.config_values import parse_overrides
 from apollo_jax.planning import advice, diff, fit_book, report_page, search
-from apollo_jax.planning.ahead_of_time import (
-    Compiled,
-    abstract_batch,
-    compile_step,
-    model_flops,
-)
+from apollo_jax.planning.ahead_of_time import Compiled, abstract_batch, compile_step
+from apollo_jax.planning.flops import model_flops
 from apollo_jax.planning.show import show, writable
 from apollo_jax.planning.topology import SLICES, Topology, parse, use_compiler_only
 from apollo_jax.training import checks

@@ -83,7 +83,7 @@ def peak_seconds(experiment: Experiment) -> float:
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())
     if not peak:
         return 0.0
-    from apollo_jax.planning.ahead_of_time import model_flops  # nobody else needs the planner
+    from apollo_jax.planning.flops import model_flops  # nobody else needs the planner
 
     return model_flops(experiment) / peak
 

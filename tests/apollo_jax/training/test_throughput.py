@@ -6,7 +6,7 @@ import time
 import jax
 import pytest
 
-from apollo_jax.planning.ahead_of_time import model_flops
+from apollo_jax.planning.flops import model_flops
 from apollo_jax.training import throughput
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.ramp import Ramp
