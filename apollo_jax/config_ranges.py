@@ -20,7 +20,7 @@ RANGES = {
     "train.lora.*.alpha": "above 0",
     "train.ema_decay": _SHARE,
     "train.loss_chunk": "at least 0",
-    "train.loss_skip_below": _SHARE,
+    "train.loss_skip_below": "at least 0",
     "train.log_every": "at least 1",
     "train.checkpoint_every": "at least 1",
     "train.keep": "at least 1",
