@@ -21,6 +21,7 @@ from apollo_jax import meshes
 from apollo_jax.config import load, load_module
 from apollo_jax.planning import jobs
 from apollo_jax.planning.topology import parse
+from data_pipeline.frame_shard_writer import write_atomic
 
 _GIB, _TERA = 2**30, 1e12
 CONFIGS = ("apollo_1p5b", "apollo_3b", "apollo_7b", "large_batch/apollo_7b_sft")
@@ -236,6 +237,4 @@ def _write(json_path: Path, markdown_path: Path, book: Mapping[str, Any]) -> Non
         (markdown_path, markdown(book)),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(path.suffix + ".tmp")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        write_atomic(path, text.encode())

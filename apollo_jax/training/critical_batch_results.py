@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apollo_jax.training.critical_batch_fit import fit
+from data_pipeline.frame_shard_writer import write_atomic
 
 RESULTS = "critical_batch.json"
 TAIL = 4  # the loss is that of the last 1/TAIL of the window
@@ -59,11 +59,8 @@ class Results:
         if jax.process_index() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({**self.settings, "forks": self.forks, **found}, indent=1) + "\n"
-        )
-        os.replace(temporary, self.path)
+        text = json.dumps({**self.settings, "forks": self.forks, **found}, indent=1) + "\n"
+        write_atomic(self.path, text.encode())
 
 
 def summary(forks: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ ENTRY %main (p: f32[8]) -> f32[32] {
   %a = f32[32]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="jit(update)/optimizer/while/body/dot_general"}
   ROOT %b = f32[32]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="jit(update)/jvp()/optimizers/dot_general"}
 }
-"""  # noqa: E501
+"""  # noqa: E501  an instruction is a line
 
 
 def test_those_in_the_optimizers_scope_are_its():
