@@ -172,8 +172,9 @@ def _say(command: list[Any]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without its modules, with what libtpu wants where there is no TPU."""
-    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    """This process's, without its modules and libtpu, with what that wants where no TPU is."""
+    ours = ("PYTHONPATH", "TPU_LIBRARY_PATH")  # jax sets the latter when it is imported
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return kept | {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
