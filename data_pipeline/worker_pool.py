@@ -36,7 +36,7 @@ class TaskLimits:
     """What a task may take before its process is killed.
 
     `stall_seconds` without a result or a beat, `task_seconds` in all, `memory_bytes` resident in
-    its process (0: any; watched where /proc tells, which is Linux).
+    its process at any moment (0: any; known where /proc tells, which is Linux).
     """
 
     stall_seconds: float = 120.0
@@ -71,9 +71,26 @@ def _serve(connection: Connection, function: Task) -> None:
         connection.send(0)  # ready
         while True:
             for task in connection.recv():
-                connection.send(function(task, connection.send))
+                _forget_peak()
+                result = function(task, connection.send)
+                connection.send((result, _peak_bytes(os.getpid())))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
+
+
+def _forget_peak() -> None:
+    """From now on this process's peak is that of what it does next."""
+    with suppress(OSError):  # it stays that of all before: then a task gets its second chance
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_bytes(process: int | None) -> int:
+    """The most that a process had resident, between two looks as well; 0 where that is unknown."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 class _Worker:
@@ -95,14 +112,6 @@ class _Worker:
             self.task_start = self.heard
         self.started = True
         return message
-
-    def resident_bytes(self) -> int:
-        """0 where that is unknown."""
-        try:
-            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
-            return int(pages) * os.sysconf("SC_PAGE_SIZE")
-        except (OSError, IndexError):
-            return 0
 
     def end(self) -> None:
         self.process.kill()
@@ -159,8 +168,12 @@ class _Pool:
                 continue
             if isinstance(message, int):
                 self.steps += message
+                continue
+            result, peak = message
+            if excess := self._too_large(peak):  # a task is judged alike, whoever was busy when
+                self._second_chance(worker, excess)
             else:
-                self.done[worker.pending.popleft()] = message
+                self.done[worker.pending.popleft()] = result
 
     def _watch(self) -> None:
         """Kills what is beyond its limits."""
@@ -183,9 +196,13 @@ class _Pool:
             return Casualty("timeout", f"no progress in {limits.stall_seconds:g} s")
         if worker.started and now - worker.task_start > limits.task_seconds:
             return Casualty("timeout", f"not done after {limits.task_seconds:g} s")
-        if weigh and worker.resident_bytes() > limits.memory_bytes:
-            return Casualty("memory", f"needs more than {limits.memory_bytes / 1e9:.2f} GB")
-        return None
+        return self._too_large(_peak_bytes(worker.process.pid)) if weigh else None
+
+    def _too_large(self, peak: int) -> Casualty | None:
+        most = self.limits.memory_bytes
+        if not most or peak <= most:
+            return None
+        return Casualty("memory", f"needs more than {most / 1e9:.2f} GB")
 
     def _crash(self, worker: _Worker) -> None:
         worker.process.join()

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
@@ -174,7 +173,7 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
             )
         if saved is not None:
             resume(loader, saved, sizes, step)
-        multihost_utils.sync_global_devices("all have seen what the folder held")
+        processes.meet()  # all have seen what the folder held
         manager.write_run(workdir, experiment, tokenizer)  # pyright: ignore[reportArgumentType]
         whole: Any = experiment  # has the fields of an Experiment that the loop reads
         judged = None if saved is None else saved.get("guard")

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from apollo_jax.checkpoints import manager, run
 from apollo_jax.config import Experiment, OptimizerConfig
@@ -196,7 +195,7 @@ def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
         into = fork.folder / run.CHECKPOINTS / checkpoint.name
         shutil.copytree(checkpoint, into, copy_function=_linked)
         manager.write_run(fork.folder, fork.experiment, Tokenizer.from_path(tokenizer))
-    multihost_utils.sync_global_devices(f"fork {fork.microbatches} is there")
+    processes.meet()  # the fork is there
     if not run.is_run(fork.folder):
         raise FileNotFoundError(
             f"{fork.folder} is not what process 0 has put there: --output must be on a file system "
@@ -210,7 +209,7 @@ def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
         done, tail = True, np.full((last, 2), np.nan)
     if not done:
         raise ValueError(f"{fork.folder} was stopped; the same command goes on with it")
-    multihost_utils.sync_global_devices(f"fork {fork.microbatches} is closed")
+    processes.meet()  # the fork is closed
     if tail is None:
         lines = map(json.loads, (fork.folder / METRICS).read_text().splitlines())
         kept = [(x["loss"], x["target_tokens"]) for x in lines if x["step"] > end - last]

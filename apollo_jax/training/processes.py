@@ -10,6 +10,7 @@ again. What dies without a word is noticed by the missing heartbeat, or by a con
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -19,11 +20,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jaxlib import version
 
 from apollo_jax.config_values import leaves
@@ -33,7 +36,8 @@ _PARTING = 5.0  # seconds that one who failed waits whether all others failed to
 _LISTEN = 2.0  # seconds between two looks at what others had to say
 _over = threading.Event()  # this process has come to its end, and knows why
 _caught: set[type[Exception]] = set()  # what `leave` lets pass, see `parting`
-_compared = itertools.count()  # calls of `same`; the service takes every key once
+_called = itertools.count()  # calls of `same` and `meet`; the service takes every key once
+_MEET = 6 * 3600  # seconds; who waits hears of those who fail, and misses the heart of the dead
 # Paths and threads may be each machine's own.
 _OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads")
 
@@ -123,7 +127,7 @@ def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
     client, me, wait = _state().client, _state().process_id, round(1000 * seconds)
     if client is None:
         return
-    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{next(_compared)}/{kind}"
+    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{next(_called)}/{kind}"
     if me == 0:
         client.key_value_set(f"{key}/facts", json.dumps(facts))
     first = json.loads(client.blocking_key_value_get(f"{key}/facts", wait))
@@ -142,6 +146,40 @@ def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
         more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
         lines = "\n  process ".join(["", *differ[:5]])
         raise ValueError(f"the processes of this run are not the same:{lines}{more}")
+
+
+def meet() -> None:
+    """Wait until all processes have called this as often; the devices have no part in it."""
+    if jax.process_count() > 1:
+        _state().client.wait_at_barrier(f"apollo/meet/{next(_called)}", 1000 * _MEET)
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """[process, ..]: what each process gives, in all of them; they may come late."""
+    meet()
+    return np.asarray(multihost_utils.process_allgather(values))
+
+
+def together(jitted: Any) -> Callable[..., Any]:
+    """`jitted`, but on CPUs none of its programs begins before all processes have compiled it.
+
+    Gloo, by which processes on CPUs talk, gives up if one comes 30 s after another to what they
+    exchange for the first time.
+    """
+    met = set()
+
+    @functools.wraps(jitted)
+    def call(*args: Any) -> Any:
+        if jax.process_count() > 1 and jax.default_backend() == "cpu":
+            leaves, structure = jax.tree.flatten(args)
+            program = structure, tuple(map(np.shape, leaves))
+            if program not in met:
+                jitted.lower(*args).compile()
+                meet()
+                met.add(program)
+        return jitted(*args)
+
+    return call
 
 
 @contextlib.contextmanager

