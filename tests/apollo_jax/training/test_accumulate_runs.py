@@ -185,5 +185,5 @@ def test_killed_within_an_update_it_takes_it_again(of_two, two, as_after, mishap
     assert [line[0] for line in lines(copy)] in ([1, 2], [1, 2, 3])
     statuses, said = two(copy)
     assert statuses == [0, 0], said
-    assert "after step 2" in said[0]
+    assert "continuing" in said[0]
     assert lines(copy, *names) == lines(of_two, *names)
