@@ -104,6 +104,8 @@ class TrainConfig:
     log_every: int = 10
     checkpoint_every: int = 500
     keep: int = 2  # checkpoints
+    local_checkpoints: str = ""  # folder on each machine's own disk, see docs/survive.md
+    local_every: int = 50  # steps from one that is saved there to the next
     on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"  # what bad steps do, see guard.py
     spike_factor: float = 0.0  # times the median loss or gradient norm: bad as well; 0 = never
     max_bad_steps: int = 10  # in a row, with skip and rewind

@@ -24,6 +24,7 @@ RANGES = {
     "train.log_every": "at least 1",
     "train.checkpoint_every": "at least 1",
     "train.keep": "at least 1",
+    "train.local_every": "at least 1",
     "train.spike_factor": "exactly 0 or above 1",
     "train.max_bad_steps": "at least 1",
     "train.join_seconds": "at least 1",

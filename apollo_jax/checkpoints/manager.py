@@ -49,6 +49,8 @@ def _with_checksums(*args: Any, **kwargs: Any) -> tensorstore_utils.ArrayWriteSp
     metadata = spec.json.get("base", spec.json)["metadata"]
     if "compressor" in metadata:  # zarr 2, what we write
         metadata["compressor"] = CHECKED
+    else:  # zarr 3, of the local tier
+        metadata["codecs"][0]["configuration"]["codecs"].append({"name": "crc32c"})
     return spec
 
 
@@ -124,13 +126,17 @@ class Checkpoints:
         except Exception as error:
             self.failed = True
             left = shutil.disk_usage(self.workdir).free
-            whole = max(self._whole(), default=0)
+            whole = self.latest()
             stays = f"the checkpoint of step {whole} stays" if whole else "no checkpoint was"
             raise OSError(
                 f"{self.workdir}: a checkpoint could not be written ({left / 1e9:,.1f} GB are free "
                 f"there); {stays} saved. Make room, then run the same command to go on.\n"
                 f"{_first_line(error)}"
             ) from error
+
+    def latest(self) -> int:
+        """The last step that there is a finished checkpoint of; 0 without any."""
+        return max(self._whole(), default=0)
 
     def _whole(self) -> list[int]:
         """Steps of the checkpoints that have their name: they were written to the end."""

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from apollo_jax.training import processes
+from apollo_jax.training.meeting import gather, together
 from apollo_jax.training.rows import Share
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Loader, LoadStats, too_many
@@ -68,7 +68,7 @@ def _adder() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     mesh = Mesh(jax.devices(), "devices")
     everywhere = NamedSharding(mesh, PartitionSpec())
     add = jax.jit(lambda rows: rows.sum(axis=0), out_shardings=everywhere)
-    return NamedSharding(mesh, PartitionSpec("devices")), processes.together(add)
+    return NamedSharding(mesh, PartitionSpec("devices")), together(add)
 
 
 def stop(said: str, reason: str = "") -> NoReturn:
@@ -101,5 +101,5 @@ def hear(said: str) -> list[str]:
     text = np.zeros(_WORDS, np.uint8)
     spoken = np.frombuffer(said.encode()[:_WORDS], np.uint8)
     text[: len(spoken)] = spoken
-    heard = processes.gather(text)
+    heard = gather(text)
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in heard]

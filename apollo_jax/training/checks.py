@@ -23,8 +23,9 @@ GIB = 2**30
 _ON_CHIP = (None, "device", "unpinned_host")  # the last is what a CPU calls its own
 # What may differ between a run and its continuation (the loader checks the data themselves).
 FREE = (
-    "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.remat",
-    "train.offload_optimizer", "evaluation.*", "mesh.*", "init_from", "init_parts.*", "topology",
+    "name", "train.log_every", "train.checkpoint_every", "train.keep", "train.local_*",
+    "train.remat", "train.offload_optimizer", "evaluation.*", "mesh.*", "init_from",
+    "init_parts.*", "topology",
     "data.frames", "data.tokenizer", "data.threads", "data.prefetch", "data.max_bad_share",
     "data.sources.*.path", "data.sources.*.data_dir", "data.sizes", "data.layout",
     "train.on_nonfinite", "train.spike_factor", "train.max_bad_steps", "train.join_seconds",

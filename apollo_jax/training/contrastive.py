@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from apollo_jax import sharding
-from apollo_jax.checkpoints import manager, run
+from apollo_jax.checkpoints import local_tier, manager, run
 from apollo_jax.config import EvalConfig, OptimizerConfig, TrainConfig, read, shared_problems
 from apollo_jax.config_values import from_dict, parse_overrides
 from apollo_jax.models import two_towers
@@ -34,6 +34,7 @@ from apollo_jax.training.boards import find_wandb
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.loading import open_loader, records_of, resume
+from apollo_jax.training.meeting import meet
 from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import (
     Batches,
@@ -168,18 +169,18 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
             console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             first = partial(initial_weights, experiment, program.abstract)
-            step, state, saved = training.start(
-                experiment, workdir if begun else None, program, first
-            )
+            tier = local_tier.open_tier(experiment.train, workdir, mesh, program.abstract, begun)
+            held = workdir if begun else None
+            step, state, saved = training.start(experiment, held, program, first, tier)
         if saved is not None:
             resume(loader, saved, sizes, step)
-        processes.meet()  # all have seen what the folder held
+        meet()  # all have seen what the folder held
         manager.write_run(workdir, experiment, tokenizer)  # pyright: ignore[reportArgumentType]
         whole: Any = experiment  # has the fields of an Experiment that the loop reads
         judged = None if saved is None else saved.get("guard")
         guard = Guard(whole.train, workdir, records_of(loader, sizes), judged)
         noise = NoiseScale(None if saved is None else saved.get("noise"))
-        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput, noise)
+        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput, noise, tier)
         return training.loop(begun_run, step, state)
 
 

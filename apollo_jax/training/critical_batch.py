@@ -30,6 +30,7 @@ from apollo_jax.training import processes
 from apollo_jax.training.boards import METRICS
 from apollo_jax.training.critical_batch_results import RESULTS, TAIL, Results, report, summary
 from apollo_jax.training.guard import Diverged
+from apollo_jax.training.meeting import meet
 from apollo_jax.training.optimizer import Batches, make_schedules
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer
@@ -195,7 +196,7 @@ def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
         into = fork.folder / run.CHECKPOINTS / checkpoint.name
         shutil.copytree(checkpoint, into, copy_function=_linked)
         manager.write_run(fork.folder, fork.experiment, Tokenizer.from_path(tokenizer))
-    processes.meet()  # the fork is there
+    meet()  # the fork is there
     if not run.is_run(fork.folder):
         raise FileNotFoundError(
             f"{fork.folder} is not what process 0 has put there: --output must be on a file system "
@@ -209,7 +210,7 @@ def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
         done, tail = True, np.full((last, 2), np.nan)
     if not done:
         raise ValueError(f"{fork.folder} was stopped; the same command goes on with it")
-    processes.meet()  # the fork is closed
+    meet()  # the fork is closed
     if tail is None:
         lines = map(json.loads, (fork.folder / METRICS).read_text().splitlines())
         kept = [(x["loss"], x["target_tokens"]) for x in lines if x["step"] > end - last]

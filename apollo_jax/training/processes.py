@@ -10,7 +10,6 @@ again. What dies without a word is noticed by the missing heartbeat, or by a con
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -20,13 +19,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 from jaxlib import version
 
 from apollo_jax.config_values import leaves
@@ -36,10 +33,14 @@ _PARTING = 5.0  # seconds that one who failed waits whether all others failed to
 _LISTEN = 2.0  # seconds between two looks at what others had to say
 _over = threading.Event()  # this process has come to its end, and knows why
 _caught: set[type[Exception]] = set()  # what `leave` lets pass, see `parting`
-_called = itertools.count()  # calls of `same` and `meet`; the service takes every key once
-_MEET = 6 * 3600  # seconds; who waits hears of those who fail, and misses the heart of the dead
+_compared = itertools.count()  # calls of `same`; the service takes every key once
 # Paths and threads may be each machine's own.
-_OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads")
+_OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads",
+        "train.local_checkpoints")  # fmt: skip
+
+
+class Again(Exception):
+    """What will not be there when all processes start again: this one exits with status AGAIN."""
 
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
@@ -124,10 +125,10 @@ def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
     Nothing is compiled for it: it goes through the service that the processes joined. All of them
     call it as often, and wait for each other in it.
     """
-    client, me, wait = _state().client, _state().process_id, round(1000 * seconds)
+    client, me, wait = state().client, state().process_id, round(1000 * seconds)
     if client is None:
         return
-    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{next(_called)}/{kind}"
+    facts, key = json.loads(json.dumps(facts)), f"apollo/same/{next(_compared)}/{kind}"
     if me == 0:
         client.key_value_set(f"{key}/facts", json.dumps(facts))
     first = json.loads(client.blocking_key_value_get(f"{key}/facts", wait))
@@ -146,40 +147,6 @@ def same(kind: str, facts: dict[str, Any], seconds: float) -> None:
         more = f"\n  and {len(differ) - 5} more" if len(differ) > 5 else ""
         lines = "\n  process ".join(["", *differ[:5]])
         raise ValueError(f"the processes of this run are not the same:{lines}{more}")
-
-
-def meet() -> None:
-    """Wait until all processes have called this as often; the devices have no part in it."""
-    if jax.process_count() > 1:
-        _state().client.wait_at_barrier(f"apollo/meet/{next(_called)}", 1000 * _MEET)
-
-
-def gather(values: np.ndarray) -> np.ndarray:
-    """[process, ..]: what each process gives, in all of them; they may come late."""
-    meet()
-    return np.asarray(multihost_utils.process_allgather(values))
-
-
-def together(jitted: Any) -> Callable[..., Any]:
-    """`jitted`, but on CPUs none of its programs begins before all processes have compiled it.
-
-    Gloo, by which processes on CPUs talk, gives up if one comes 30 s after another to what they
-    exchange for the first time.
-    """
-    met = set()
-
-    @functools.wraps(jitted)
-    def call(*args: Any) -> Any:
-        if jax.process_count() > 1 and jax.default_backend() == "cpu":
-            leaves, structure = jax.tree.flatten(args)
-            program = structure, tuple(map(np.shape, leaves))
-            if program not in met:
-                jitted.lower(*args).compile()
-                meet()
-                met.add(program)
-        return jitted(*args)
-
-    return call
 
 
 @contextlib.contextmanager
@@ -226,15 +193,17 @@ def leave(kind: Any, error: BaseException | None, trace: Any) -> None:
 
 def _part(error: Exception) -> None:
     """Returns if all processes failed; else ends this one."""
-    me, own = jax.process_index(), isinstance(error, (ValueError, OSError))
+    me, own = jax.process_index(), isinstance(error, (ValueError, OSError, Again))
     if is_loss(error):
         why = _heard() or _first_line(error)
         _say("lost", f"process {me} lost another: {_first_line(error)}")
         time.sleep(_LISTEN)
         _lost(why)
     _say("failed", f"process {me}: {error if own else repr(error)}")
+    if isinstance(error, Again):
+        _lost(str(error), "stops")
     try:
-        _state().client.wait_at_barrier("apollo/parting", round(1000 * _PARTING))
+        state().client.wait_at_barrier("apollo/parting", round(1000 * _PARTING))
     except Exception:
         if not own:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -243,7 +212,8 @@ def _part(error: Exception) -> None:
 
 def is_loss(error: BaseException) -> bool:
     """Whether an error is what a collective makes of a process that is gone."""
-    signs = ("Gloo", "Connection reset", "Connection closed", "heartbeat", "coordination service")
+    signs = ("Gloo", "Connection reset", "Connection closed", "heartbeat", "coordination service",
+             "CoordinationServiceError")  # fmt: skip
     return any(sign in str(error) for sign in signs)
 
 
@@ -259,22 +229,22 @@ def _listen() -> None:
 
 def _say(kind: str, words: str) -> None:
     with contextlib.suppress(Exception):  # the service goes with process 0
-        _state().client.key_value_set(f"apollo/{kind}/{jax.process_index():06d}", words)
+        state().client.key_value_set(f"apollo/{kind}/{jax.process_index():06d}", words)
 
 
 def _heard(kind: str = "failed") -> str:
     with contextlib.suppress(Exception):
-        said = _state().client.key_value_dir_get(f"apollo/{kind}")
+        said = state().client.key_value_dir_get(f"apollo/{kind}")
         return "\n".join(words for _, words in sorted(said)[:5])
     return ""
 
 
-def _lost(why: str) -> NoReturn:
+def _lost(why: str, what: str = "lost the others of the run and stops") -> NoReturn:
     time.sleep(2 * _LISTEN if jax.process_index() == 0 else 0)  # the service goes last
     _end(
         AGAIN,
-        f"process {jax.process_index()} lost the others of the run and stops: {why}\nStart all of "
-        "them again with the same command: they go on from the last checkpoint",
+        f"process {jax.process_index()} {what}: {why}\nStart all of them again with the same "
+        "command: they go on from the last checkpoint",
     )
 
 
@@ -289,7 +259,7 @@ def _end(status: int, text: str) -> NoReturn:
     os._exit(status)
 
 
-def _state() -> Any:
+def state() -> Any:
     """What jax knows of the processes, without asking the devices."""
     from jax._src import distributed  # there is no public way to its key-value store
 

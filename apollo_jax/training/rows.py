@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from apollo_jax import sharding
-from apollo_jax.training import processes
+from apollo_jax.training.meeting import gather
 from data_pipeline.batch import Batch
 
 
@@ -53,7 +53,7 @@ def agree(mine: Share, digest: int) -> None:
     """
     if mine.count == jax.process_count():
         return
-    said = processes.gather(np.array([mine.index, digest], np.uint32))
+    said = gather(np.array([mine.index, digest], np.uint32))
     for index in range(mine.count):
         if len({digest for part, digest in said.tolist() if part == index}) > 1:
             alike = ", ".join(str(p) for p, (part, _) in enumerate(said.tolist()) if part == index)

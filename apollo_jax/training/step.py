@@ -20,9 +20,10 @@ from apollo_jax.config import Experiment, TrainConfig
 from apollo_jax.models import ring_attention
 from apollo_jax.models.apollo import Apollo
 from apollo_jax.models.pieces import Pieces
-from apollo_jax.training import accumulate, losses, noise_scale, norm_noise, processes, stages
+from apollo_jax.training import accumulate, losses, noise_scale, norm_noise, stages
 from apollo_jax.training.accumulate import Accumulated
 from apollo_jax.training.average import with_average
+from apollo_jax.training.meeting import together
 from apollo_jax.training.optimizer import Batches, Schedule, make_optimizer, make_schedules
 from apollo_jax.training.optimizers.schedule_free import gradient_point
 from apollo_jax.training.state import (
@@ -151,7 +152,7 @@ def make_program(
     zeros: Callable[[], Accumulated] = accumulate.make_zeros(abstract, told)
     adder = accumulate.make_add(graphdef, loss_sums, abstract, options, told)
     shapes = accumulate.shapes_of(abstract, told)
-    update_together, add_together = processes.together(update), processes.together(adder)
+    update_together, add_together = together(update), together(adder)
 
     def train_step(
         state: TrainState,
@@ -269,7 +270,7 @@ def _moving(state: TrainState) -> tuple:
 def make_eval_step(graphdef: nnx.GraphDef, loss_sums: LossSums) -> EvalStep:
     """(state, batch) -> loss sums."""
 
-    @processes.together
+    @together
     @jax.jit
     def sums(params: Arrays, frozen: Arrays, batch: Batch) -> losses.Sums:
         return loss_sums(merge(graphdef, params, frozen), batch)

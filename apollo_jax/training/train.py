@@ -3,23 +3,19 @@
 
 import argparse
 import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from apollo_jax import sharding
-from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints import local_tier, manager
 from apollo_jax.config import Experiment, load
 from apollo_jax.config_values import parse_overrides
 from apollo_jax.training import checks, processes, stages
@@ -30,6 +26,7 @@ from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
 from apollo_jax.training.held_out import evaluate
 from apollo_jax.training.loading import open_loader, records_of, resume
+from apollo_jax.training.meeting import meet
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, rates_by_batch
@@ -38,6 +35,7 @@ from apollo_jax.training.ramp import left_out
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.state import Arrays, TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
+from apollo_jax.training.stop_signal import StopSignal
 from apollo_jax.training.throughput import Throughput, peak_seconds
 from apollo_jax.training.weights import initial_weights, located
 from data_pipeline.batch import Batch
@@ -94,15 +92,17 @@ def train(experiment: Experiment, workdir: Path) -> bool:
             console.print(line, soft_wrap=True, highlight=False)
         with goodput.during("checkpoint" if begun else "start"):
             first = partial(initial_weights, experiment, shapes)
-            step, state, saved = start(experiment, workdir if begun else None, program, first)
+            tier = local_tier.open_tier(experiment.train, workdir, mesh, program.abstract, begun)
+            held = workdir if begun else None
+            step, state, saved = start(experiment, held, program, first, tier)
         if saved is not None:
             resume(loader, saved, ramp, step)
-        processes.meet()  # all have seen what the folder held
+        meet()  # all have seen what the folder held
         manager.write_run(workdir, experiment, tokenizer)
         judged = None if saved is None else saved.get("guard")
         guard = Guard(experiment.train, workdir, records_of(loader, ramp), judged)
         noise = NoiseScale(None if saved is None else saved.get("noise"))
-        run = Run(experiment, workdir, mesh, program, loader, guard, goodput, noise, needs)
+        run = Run(experiment, workdir, mesh, program, loader, guard, goodput, noise, tier, needs)
         return loop(run, step, state)
 
 
@@ -117,6 +117,7 @@ class Run(NamedTuple):
     guard: Guard
     goodput: Goodput
     noise: NoiseScale
+    tier: local_tier.LocalTier | None
     needs: float = 0.0  # seconds of a microbatch at the devices' peak, see throughput.py
 
 
@@ -142,10 +143,12 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
         )
         answers = open_answers(run.experiment, run.workdir, run.mesh, start)
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
-        for resource in (log, checkpoints):
-            stack.enter_context(contextlib.closing(resource))
+        tier = run.tier
+        for resource in (log, checkpoints, tier):
+            if resource is not None:
+                stack.enter_context(contextlib.closing(resource))
         stack.push(processes.leave)
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal(console))
         tracer = stack.enter_context(Tracer(run.workdir, train.profile, console))
         during = run.goodput.during
         stack.enter_context(during("compile"))
@@ -156,7 +159,9 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             done, stopped = step == train.num_steps, stop.requested(step)
             evaluates = every and step > start and (done or step % every == 0)
             saves = step >= first and (done or stopped or step % train.checkpoint_every == 0)
-            if evaluates or saves:
+            between = step > start and step % train.local_every == 0
+            to = checkpoints if saves else tier if between else None
+            if evaluates or to is not None:
                 log.agree()
                 state = _judged(run, step, state, log, checkpoints)
             if evaluates:
@@ -165,12 +170,14 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
                     boards.write(step, found)
                     if answers is not None:
                         answers.write(step, state, boards)
-            if saves:
+            if to is not None:
                 agree(feed.mine, feed.digest)
                 with during("checkpoint"):
                     judged = {"guard": run.guard.state(), "noise": run.noise.state()}
-                    checkpoints.save(step, state, run.loader.get_state() | judged)
+                    to.save(step, state, run.loader.get_state() | judged)
             checkpoints.check()
+            if tier is not None:
+                tier.check()
             if done or stopped:
                 break
             with during("compile" if step == start else "step"), tracer.step(step + 1, state):
@@ -179,6 +186,8 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             state = _judged(run, step + 1, state, log, checkpoints)
         with during("checkpoint"):
             checkpoints.close()
+            if done and tier is not None:
+                tier.forget()
         for line in (log.summary(), run.goodput.line()):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
     what = "trained" if done else "stopped on a signal, saved; the same command continues"
@@ -249,52 +258,28 @@ def _judged(
 
 
 def start(
-    experiment: Any, begun: Path | None, program: Program, first: Callable[[], tuple[Arrays, str]]
+    experiment: Any,
+    begun: Path | None,
+    program: Program,
+    first: Callable[[], tuple[Arrays, str]],
+    tier: local_tier.LocalTier | None = None,
 ) -> tuple[int, TrainState, dict[str, Any] | None]:
     """(step, state, data iterator's state) of the latest checkpoint in `begun`, or at first.
 
+    One that `tier` has goes before older ones.
     `first` gives the weights then, and says where they are from.
     """
     if begun is not None:
+        found, where, local = None, "", 0 if tier is None else tier.latest()
         with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
-            found = checkpoints.restore(program.abstract)
+            if local <= checkpoints.latest():
+                found = checkpoints.restore(program.abstract)
+        if tier is not None and local > (0 if found is None else found[0]):
+            found = None  # there is no memory for two
+            found, where = tier.restore(), f" (from {tier.folder})"
         if found is not None:
-            console.print(f"continuing {begun} after step {found[0]}")
+            console.print(f"continuing {begun} after step {found[0]}{where}", soft_wrap=True)
             return found
     weights, origin = first()
     console.print(f"starting {experiment.name} with weights: {origin}", soft_wrap=True)
     return 0, create(weights, program.abstract, program.tx), None
-
-
-class StopSignal:
-    """SIGTERM or Ctrl-C ask the loop to stop after this step; a second one ends it at once."""
-
-    def __init__(self):
-        self.received = False
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        # Many processes must stop after the same step: there jax's own service listens.
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.received = True
-        console.print(f"\n{signal.Signals(number).name}: saving after this step, then stopping")
-        self._restore()
-
-    def requested(self, step: int) -> bool:
-        """Whether to stop before `step`; the same answer in all processes."""
-        if jax.process_count() == 1:
-            return self.received
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def _restore(self) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def __exit__(self, *exc: object) -> None:
-        self._restore()
