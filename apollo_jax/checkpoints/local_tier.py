@@ -11,10 +11,12 @@ newer goes before it. Chunks have checksums as there.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ from orbax.checkpoint.experimental.emergency import checkpoint_manager as emerge
 from apollo_jax import meshes
 from apollo_jax.config import TrainConfig
 from apollo_jax.training import processes
-from apollo_jax.training.meeting import meet
+from apollo_jax.training.meeting import gather, meet
 from apollo_jax.training.state import TrainState
 
 # Orbax warns at every save that replicas have no primary host, which is as it should be.
@@ -147,7 +149,8 @@ def open_tier(
 ) -> LocalTier | None:
     """The local tier of the run in `workdir`, empty if that has not begun; None if not asked for.
 
-    Raises ValueError if no replica of the mesh would save, or a process belongs to several.
+    Raises ValueError if no replica of the mesh would save, a process belongs to several, or two
+    processes share a folder.
     """
     if not train.local_checkpoints:
         return None
@@ -165,4 +168,20 @@ def open_tier(
     for other in of_run.iterdir() if of_run.exists() else ():  # what it went by before
         if other != folder or not begun:
             shutil.rmtree(other)
+    folder.mkdir(parents=True, exist_ok=True)
+    _refuse_shared(folder)
     return LocalTier(folder, mesh, abstract)
+
+
+def _refuse_shared(folder: Path) -> None:
+    """ValueError, in all processes, if two of them would save to the same folder of a machine."""
+    held = folder.stat()
+    place = f"{socket.gethostname()} {held.st_dev} {held.st_ino}"
+    mine = np.frombuffer(hashlib.sha256(place.encode()).digest()[:8], np.uint32)
+    places = [row.tobytes() for row in gather(mine)]
+    same = [i for i, place in enumerate(places) if places.count(place) > 1]
+    if same:
+        raise ValueError(
+            f"config.train.local_checkpoints: processes {', '.join(map(str, same[:8]))} have the "
+            f"same folder {folder.parents[1]}; give each process of a machine a path of its own"
+        )

@@ -30,8 +30,8 @@ FLAGS = (
 def start(texts, company, tmp_path):
     """start(first={}): exit statuses and words of two replicas, each with a disk of its own."""
 
-    def start(**more) -> tuple[list[int], list[str]]:
-        own = [(f"--config.train.local_checkpoints={tmp_path}/{i}",) for i in range(2)]
+    def start(disks=(0, 1), **more) -> tuple[list[int], list[str]]:
+        own = [(f"--config.train.local_checkpoints={tmp_path}/{i}",) for i in disks]
         config, run = f"{SMALL}:{texts}", tmp_path / "run"
         return company(config, run, 2, *FLAGS, own=own, devices=2, **more).end()
 
@@ -74,6 +74,13 @@ def test_goes_on_from_the_last_step_as_long_as_it_can_be_read(start, tmp_path, m
     assert statuses == [0, 0], said
     assert "after step 4" in said[0] or f"after step {step - 1} (from" in said[0]
     np.testing.assert_allclose(lines(tmp_path / "run"), lines(small_run), rtol=1e-5)
+
+
+def test_two_processes_do_not_share_a_folder(start, tmp_path):
+    statuses, said = start(disks=(0, 0))
+    assert statuses == [2, 2], said
+    for text in said:
+        assert f"processes 0, 1 have the same folder {tmp_path}/0; give each" in text
 
 
 @pytest.mark.parametrize(("data", "why"), [(1, "it has but one"), (8, "belong to several")])
