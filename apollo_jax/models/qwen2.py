@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from apollo_jax.models import layers
 from apollo_jax.models.attention import Causal, attention
+from apollo_jax.models.lookup import lookup
 from apollo_jax.models.pieces import Pieces
 
 
@@ -230,7 +231,7 @@ class Qwen2(nnx.Module):
         )
 
     def embed(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.embedding[...].astype(self.dtype)[tokens]
+        return lookup(self.embedding[...], tokens, self.dtype)
 
     @property
     def head(self) -> Float[Array, "V D"]:
