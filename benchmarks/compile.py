@@ -147,15 +147,21 @@ def maxtext(python: Path, shape: Shape) -> Result:
         if shape.layers:
             settings |= {"base_num_decoder_layers": shape.layers, "override_model_config": "true"}
         command = [python, "-m", "maxtext.trainers.pre_train.train_compile", base]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        before = _children_seconds()
         said = _say([*command, *(f"{k}={v}" for k, v in settings.items())])
-        seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+        seconds = _children_seconds() - before
         program = Module(ahead_of_time.optimised(f"{folder}/dump"))
     totals = hlo.totals(program, {"fsdp": parse(shape.topology).chips})
     argument, temporary = (
         int(re.findall(rf"\b{kind}_size_in_bytes=(\d+)", said)[-1]) for kind in ("argument", "temp")
     )
     return Result(argument / _GIB, temporary / _GIB, *_work(totals), seconds)
+
+
+def _children_seconds() -> float:
+    """What the processes that have ended took of the CPU, as time.process_time counts it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def libtpu_of(python: Path) -> str:
