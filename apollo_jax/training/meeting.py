@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Meeting: where the processes of a run wait for each other, however late one of them comes.
 
-Who waits hears of those who fail, see processes.py, and misses the heartbeat of the dead.
+Who waits hears of those who fail or die, see processes.py.
 """
 
 import functools

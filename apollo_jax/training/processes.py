@@ -4,7 +4,8 @@
 Nobody waits for ever. Who waits in vain for the others to start, or runs other code or another
 config than process 0, is refused before anything is compiled. Who fails leaves its last words with
 process 0's service; the others read them and end too, so that whoever started them can start all
-again. What dies without a word is noticed by the missing heartbeat, or by a connection that closes.
+again. What dies without a word is noticed by its connection that closes, see lifeline.py, or by the
+missing heartbeat.
 """
 
 import argparse
@@ -27,12 +28,14 @@ import jax
 from jaxlib import version
 
 from apollo_jax.config_values import leaves
+from apollo_jax.training import lifeline
 
 AGAIN = 75  # exit status of a process that lost the others: EX_TEMPFAIL, start all of them again
 _PARTING = 5.0  # seconds that one who failed waits whether all others failed too
 _LISTEN = 2.0  # seconds between two looks at what others had to say
 _over = threading.Event()  # this process has come to its end, and knows why
 _caught: set[type[Exception]] = set()  # what `leave` lets pass, see `parting`
+_gone: list[int] = []  # processes that ended, as process 0 sees them
 _compared = itertools.count()  # calls of `same`; the service takes every key once
 # Paths and threads may be each machine's own.
 _OWN = (".path", ".data_dir", "data.frames", "data.sizes", "data.tokenizer", "data.threads",
@@ -87,6 +90,8 @@ def join(how: str, experiment: Any) -> None:
     )
     alarm.cancel()
     same("start", _facts(experiment), seconds)
+    now = state()
+    lifeline.hold(now.client, now.coordinator_address, now.process_id, _gone.append)
 
 
 def _give_up(where: str, seconds: float) -> None:
@@ -195,7 +200,7 @@ def _part(error: Exception) -> None:
     """Returns if all processes failed; else ends this one."""
     me, own = jax.process_index(), isinstance(error, (ValueError, OSError, Again))
     if is_loss(error):
-        why = _heard() or _first_line(error)
+        why = _heard() or _obituary() or _first_line(error)
         _say("lost", f"process {me} lost another: {_first_line(error)}")
         time.sleep(_LISTEN)
         _lost(why)
@@ -218,13 +223,21 @@ def is_loss(error: BaseException) -> bool:
 
 
 def _listen() -> None:
-    """Ends this process, wherever it waits, when another has left its last words."""
+    """Ends this process, wherever it waits, when another has left its last words or is gone."""
     while not _over.wait(_LISTEN):
+        gone = _obituary()  # before the words, which come before the end
         failed = _heard("failed")
         if failed and _over.wait(2 * _PARTING):  # it may be an error of all
             return
         if words := failed or _heard("lost"):
             _lost(words)
+        if gone:
+            _say("lost", gone)
+            _lost(gone)
+
+
+def _obituary() -> str:
+    return "".join(f"process {i} is gone: it was killed or crashed" for i in _gone[:1])
 
 
 def _say(kind: str, words: str) -> None:

@@ -58,6 +58,18 @@ def test_killed_told_to_stop_and_continued_by_fewer(small, small_run, begun, com
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=TOLERANCE)
 
 
+def test_killed_while_the_others_wait_for_it(small, begun, company, mishap):
+    """At a meeting, where no collective fails: the others wait until it has compiled."""
+    four = company(small, begun, 4, first={2: mishap(signal.SIGKILL, nth=1)})
+    four.all[2].wait(timeout=300)
+    killed = time.monotonic()
+    statuses, said = four.end()
+    assert statuses == [AGAIN, AGAIN, -signal.SIGKILL, AGAIN], said
+    assert time.monotonic() - killed < load(small).train.heartbeat_seconds
+    for i in (0, 1, 3):
+        assert f"process {i} lost the others of the run and stops: process 2 is gone" in said[i]
+
+
 LATE = """
 import time
 from apollo_jax.training import train
