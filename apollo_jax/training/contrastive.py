@@ -43,6 +43,7 @@ from apollo_jax.training.optimizer import (
     rates_by_batch,
 )
 from apollo_jax.training.ramp import left_out
+from apollo_jax.training.shared_folder import refuse_apart
 from apollo_jax.training.state import (
     Arrays,
     TrainState,
@@ -160,6 +161,7 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
     sizes = experiment.train.ramp
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, sizes)
     processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
+    refuse_apart(workdir, experiment.train.join_seconds)
     console.quiet = jax.process_index() != 0
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)

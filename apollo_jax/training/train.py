@@ -33,6 +33,7 @@ from apollo_jax.training.optimizer import Batches, rates_by_batch
 from apollo_jax.training.profiling import Tracer
 from apollo_jax.training.ramp import left_out
 from apollo_jax.training.rows import agree, place, share
+from apollo_jax.training.shared_folder import refuse_apart
 from apollo_jax.training.state import Arrays, TrainState, create
 from apollo_jax.training.step import Metrics, Program, build
 from apollo_jax.training.stop_signal import StopSignal
@@ -79,6 +80,7 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     ramp = experiment.train.ramp
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, ramp)
     processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
+    refuse_apart(workdir, experiment.train.join_seconds)
     console.quiet = jax.process_index() != 0
     needs = peak_seconds(experiment)
     with contextlib.closing(loader), jax.set_mesh(mesh):

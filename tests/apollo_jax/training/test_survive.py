@@ -106,6 +106,18 @@ def test_other_code_and_another_config_are_refused_by_name(small, begun, company
     assert sorted(begun.rglob("*")) == before
 
 
+def test_a_folder_of_its_own_is_refused(small, begun, company, tmp_path):
+    """Where the run lies on a disk that the processes do not share."""
+    own = [[], ["--workdir", str(tmp_path / "own")]]
+    before = sorted(begun.rglob("*"))
+    statuses, said = company(small, begun, 2, "--config.train.join_seconds=20", own=own).end()
+    assert statuses == [2, 2], said
+    for text in said:
+        assert f"--workdir is '{tmp_path}/own, where nothing is that process 0 writes" in text
+        assert f"process 0 has '{begun}'" in text
+    assert sorted(begun.rglob("*")) == before
+
+
 def test_a_process_that_is_alone_gives_up(small, begun, company):
     alone = company(small, begun, 2, "--config.train.join_seconds=4", alone=True)
     statuses, said = alone.end()
