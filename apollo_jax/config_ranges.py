@@ -13,6 +13,8 @@ from apollo_jax.config_values import leaves
 _SHARE = "at least 0 and below 1"  # of what was, in running means
 # Fields (one or, with *, several) and what they may be; no number may be nan or infinite.
 RANGES = {
+    "data.batch_size": "at least 1",
+    "data.length": "at least 1",
     "rates.*": "at least 0",
     "train.num_steps": "at least 1",
     "train.accumulate": "at least 1",
@@ -66,7 +68,8 @@ _TESTS = {
 
 def out_of_range(run: Any) -> Iterator[str]:
     """Every number of a run (an Experiment, or another kind) that is not what it may be."""
-    groups = (f.name for f in dataclasses.fields(run) if f.name in ("train", "optimizer", "rates"))
+    numbers = ("data", "train", "optimizer", "rates")
+    groups = (f.name for f in dataclasses.fields(run) if f.name in numbers)
     values = leaves({name: dataclasses.asdict(getattr(run, name)) for name in groups})
     for pattern, allowed in RANGES.items():
         for name in fnmatch.filter(values, pattern):

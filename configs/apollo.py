@@ -108,6 +108,7 @@ def recipe(
                 clips=stage["clips"],
                 max_clips=stage["max_clips"],
                 frame_size=model.frame_size,
+                # 128 for 4 frames, as released and in section 6; table 7 has half of that.
                 tokens_per_clip=model.connector.num_output_tokens,
                 threads=16,  # ours: decoding keeps up with a TPU host's chips
             ),

@@ -91,6 +91,7 @@ def test_wrong_overrides_are_named(argument: str, said: str):
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
+        ("data.batch_size=0", "0, must be at least 1"),
         ("train.num_steps=0", "0, must be at least 1"),
         ("train.log_every=0", "0, must be at least 1"),
         ("train.keep=0", "0, must be at least 1"),
