@@ -18,7 +18,7 @@ _asked = itertools.count()  # the service takes every key once
 def refuse_apart(folder: Path, seconds: float) -> None:
     """ValueError, in all processes, unless all see in `folder` what process 0 writes there.
 
-    Without it, a save waits for ever for parts that lie elsewhere.
+    Without it, a checkpoint lacks the parts that lie elsewhere, and the next start may hang.
 
     Args:
       seconds: that the processes wait for each other.
