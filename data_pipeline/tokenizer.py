@@ -73,12 +73,16 @@ class Tokenizer:
         )
 
     def difference(self, other: "Tokenizer") -> str:
-        """What tells two tokenizers apart; "" if they give the same ids."""
+        """What tells two tokenizers apart; "" if they give the same ids, from whatever files."""
         if self.fingerprint == other.fingerprint:
             return ""
         ours, theirs = ({t: m.token_id(t) for t in m.tokens()} for m in (self._model, other._model))
         both = ours.keys() & theirs.keys()
         moved = sorted((ours[t], theirs[t], t) for t in both if ours[t] != theirs[t])
+        if ours == theirs and self._model.rules() == other._model.rules():
+            text = self.decode(range(self.vocab_size), skip_special=False)
+            if self.encode(text) == other.encode(text):  # so they cut it alike
+                return ""
         said = [f"{self.vocab_size} and {other.vocab_size} tokens"]
         if alone := len(ours.keys() ^ theirs.keys()):
             said.append(f"{alone} of them only in one")
@@ -197,6 +201,10 @@ class _Bpe:
     def tokens(self) -> list[str]:
         return list(self._tokenizer.get_vocab())
 
+    def rules(self) -> list | None:
+        """The merges, in the order in which they apply."""
+        return json.loads(self._tokenizer.to_str())["model"].get("merges")
+
 
 class _Sentencepiece:
     """A sentencepiece model, its text cut at the ChatML tokens first."""
@@ -238,6 +246,9 @@ class _Sentencepiece:
 
     def tokens(self) -> list[str]:
         return [self._pieces.id_to_piece(i) for i in range(self._pieces.get_piece_size())]
+
+    def rules(self) -> bytes:
+        return self._pieces.serialized_model_proto()
 
     def _piece_id(self, token: str) -> int | None:
         index = self._pieces.piece_to_id(token)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from apollo_jax.checkpoints import manager, placement, run
+from apollo_jax.checkpoints import manager, placement, run, weights_folder
 from apollo_jax.checkpoints.checkpoint import Checkpoint
 from apollo_jax.checkpoints.opening import open_checkpoint, open_tower, run_weights
 from apollo_jax.checkpoints.translate import Renamed
@@ -76,7 +76,8 @@ def _without_updates(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, st
         return _from_run(path, experiment, shapes)
     if path:
         return _from_folder(path, experiment, shapes), path
-    loaded = [load_part(prefix, path, config, shapes) for prefix, path, config in parts]
+    words = experiment.data.tokenizer
+    loaded = [load_part(prefix, path, config, shapes, words) for prefix, path, config in parts]
     weights = random_weights(experiment.model, experiment.train, shapes, experiment.seed)
     for part in loaded:
         weights |= part
@@ -85,13 +86,7 @@ def _without_updates(experiment: Experiment, shapes: Shapes) -> tuple[Arrays, st
 
 def _from_run(path: str, experiment: Experiment, shapes: Shapes) -> tuple[Arrays, str]:
     _check_config(path, run.read_experiment(path).model, experiment.model)
-    own = Path(path) / run.TOKENIZER
-    before, now = (Tokenizer.from_path(p) for p in (own, experiment.data.tokenizer))
-    if difference := before.difference(now):
-        raise ValueError(
-            f"config.init_from {path} was trained with another tokenizer than config.data.tokenizer"
-            f" {experiment.data.tokenizer}: {difference}; its own is {own}"
-        )
+    _check_tokenizer(f"config.init_from {path}", path, experiment.data.tokenizer)
     checkpoints, of = manager.Checkpoints(path, read_only=True), run.read_experiment(path)
     found = checkpoints.stored_shapes()
     _check_shapes(path, {n: s for n, s in found.items() if not lora.is_update(n)}, shapes)
@@ -118,6 +113,7 @@ def _from_folder(path: str, experiment: Experiment, shapes: Shapes) -> Arrays:
     if not isinstance(checkpoint.config, type(experiment.model)):
         raise ValueError(f"config.init_from {path} is not a whole Apollo; use config.init_parts")
     _check_config(path, checkpoint.config, experiment.model, ignore=_LIMITS)
+    _check_tokenizer(f"config.init_from {path}", path, experiment.data.tokenizer)
     return _load(checkpoint, path, "", shapes)
 
 
@@ -141,10 +137,11 @@ def tower_parts(towers: Mapping[str, Any], paths: Mapping[str, str]) -> list[tup
     return [part for part in found if part[1] not in ("", REQUIRED)]
 
 
-def load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
+def load_part(prefix: str, path: str, config: Any, shapes: Shapes, tokenizer: str = "") -> Arrays:
     """The weights of a published folder, or of a contrastive run's tower, under `prefix`.
 
-    Raises ValueError or FileNotFoundError if it is not there or not the part in `config`.
+    Raises ValueError or FileNotFoundError if it is not there, not the part in `config`, or a
+    decoder whose folder has another tokenizer than that at the path `tokenizer`.
     """
     if run.is_pairs(path):
         checkpoint = open_tower(Path(path), config)
@@ -155,6 +152,8 @@ def load_part(prefix: str, path: str, config: Any, shapes: Shapes) -> Arrays:
         kinds = " but ".join(type(c).__module__.rpartition(".")[2] for c in (found, config))
         raise ValueError(f"config.init_parts: {path} holds {kinds} is wanted")
     _check_config(path, found, config, ignore=_CLIPS)
+    if prefix == "llm/":
+        _check_tokenizer(f"config.init_parts.llm {path}", path, tokenizer)
     own = {n: s for n, s in shapes.items() if n.startswith(prefix)}
     return _load(checkpoint, path, prefix, own)
 
@@ -165,6 +164,23 @@ def _load(checkpoint: Checkpoint, path: str, prefix: str, shapes: Shapes) -> Arr
     source = Renamed(checkpoint.ours, names)
     _check_shapes(path, {name: stored.shape for name, stored in source.stored.items()}, shapes)
     return placement.place(source, shapes)
+
+
+def _check_tokenizer(what: str, path: str, tokenizer: str) -> None:
+    """ValueError if a decoder learnt the ids of another tokenizer; some folders hold none."""
+    for own in (Path(path, run.TOKENIZER), Path(path, weights_folder.PUBLISHED), Path(path)):
+        try:
+            learnt = Tokenizer.from_path(own)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            raise ValueError(f"{what} has a tokenizer that cannot be read: {error}") from error
+        if difference := learnt.difference(Tokenizer.from_path(tokenizer)):
+            raise ValueError(
+                f"{what} was trained with another tokenizer than config.data.tokenizer "
+                f"{tokenizer}: {difference}; its own is {own}"
+            )
+        return
 
 
 def _check_config(path: str, found: Any, wanted: Any, ignore: tuple[str, ...] = ()) -> None:

@@ -141,5 +141,20 @@ def test_how_two_differ_is_said(trained, tmp_path):
     other = shutil.copytree(LLM, tmp_path / "llm")
     merges = (other / "merges.txt").read_text().splitlines(keepends=True)
     (other / "merges.txt").write_text("".join([*merges[:-2], *reversed(merges[-2:])]))
-    said = Tokenizer.from_path(LLM).difference(Tokenizer.from_path(other))
+    published = Tokenizer.from_path(LLM)
+    said = published.difference(Tokenizer.from_path(other))
     assert said.endswith(" tokens, the same, but other rules")
+
+
+def test_the_same_in_other_files_does_not_differ(tmp_path):
+    """Qwen publishes both tokenizer.json and vocab.json with merges.txt."""
+    published = Tokenizer.from_path(LLM)
+    content = json.loads(published._model._tokenizer.to_str())  # pyright: ignore
+    for name, normalizer in (("same", content["normalizer"]), ("other", {"type": "Lowercase"})):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "tokenizer.json"
+        file.write_text(json.dumps(content | {"normalizer": normalizer}))
+    same, other = (Tokenizer.from_path(tmp_path / name) for name in ("same", "other"))
+    assert not published.difference(same)
+    assert same.fingerprint != published.fingerprint
+    assert published.difference(other).endswith("the same, but other rules")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from apollo_jax import sharding
-from apollo_jax.checkpoints import manager
+from apollo_jax.checkpoints import convert, manager
 from apollo_jax.checkpoints.pretrained import config_from_pretrained
 from apollo_jax.config import PartPaths
 from apollo_jax.models import apollo
@@ -125,6 +125,7 @@ def published(experiment):
         tokens_per_clip=model.connector.num_output_tokens,
         clip_duration=model.clip_duration,
         frames_per_clip=model.frames_per_clip,
+        tokenizer=str(PUBLISHED),
     )
     return dataclasses.replace(e, model=model, data=data)
 
@@ -161,3 +162,34 @@ def test_wrong_parts(published, experiment):
     both = dataclasses.replace(published, init_from=llm, init_parts=PartPaths(llm=llm))
     with pytest.raises(ValueError, match=r"clear it or config\.init_parts"):
         initial_weights(both, {})
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """The published fixture as `convert --to orbax` writes it, and its decoder alone."""
+    folder = tmp_path_factory.mktemp("exported")
+    convert.main(["--to", "orbax", str(PUBLISHED), str(folder / "whole")])
+    convert.main(["--to", "orbax", str(PUBLISHED / "llm"), str(folder / "llm")])
+    return folder
+
+
+def test_published_folders_of_another_tokenizer(published, mesh, exported, world, tmp_path):
+    """Also as Orbax's export, which is how averages are handed over."""
+    other = dataclasses.replace(published.data, tokenizer=f"{world}/tokenizer.model")
+    for whole in (PUBLISHED, exported / "whole"):
+        e = dataclasses.replace(published, init_from=str(whole))
+        initial_weights(e, shapes_of(e, mesh))
+        said = r"config\.init_from .* another tokenizer than .*tokenizer\.model: 404 and \d+ tokens"
+        with pytest.raises(ValueError, match=said) as error:
+            initial_weights(dataclasses.replace(e, data=other), {})
+        assert Tokenizer.from_path(str(error.value).rpartition("its own is ")[2])
+    for llm in (PUBLISHED / "llm", exported / "llm"):
+        e = dataclasses.replace(published, data=other, init_parts=PartPaths(llm=str(llm)))
+        with pytest.raises(ValueError, match=r"config\.init_parts\.llm .* another tokenizer"):
+            initial_weights(e, {})
+    silent = shutil.copytree(PUBLISHED / "llm", tmp_path / "llm")  # holds no tokenizer
+    for file in ("vocab.json", "merges.txt"):
+        (silent / file).unlink()
+    parts = PartPaths(llm=str(silent))
+    e = dataclasses.replace(published, data=other, init_parts=parts)
+    initial_weights(e, shapes_of(e, mesh))
