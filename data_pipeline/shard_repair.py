@@ -178,7 +178,7 @@ def _lost_sidecar(task: ShardTask, folder: Folder, plan: Plan | None) -> dict[st
 
 def _quarantine(path: Path) -> dict[str, dict[str, str]]:
     try:
-        lines = (path / "quarantine.jsonl").read_text().splitlines()
+        lines = (path / "quarantine.jsonl").read_bytes().splitlines()
         return {entry["id"]: entry for entry in map(json.loads, lines)}
     except (OSError, ValueError, LookupError, TypeError):
         return {}

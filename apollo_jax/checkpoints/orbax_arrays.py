@@ -31,7 +31,8 @@ class OrbaxArrays:
 
     def _open(self, name: str) -> Any:
         try:
-            return ts.open(_spec(self.path, name), open=True).result()
+            spec = _spec(self.path, name) | dict(fill_missing_data_reads=False)
+            return ts.open(spec, open=True).result()
         except Exception as error:  # of many kinds, all about these files
             raise self._damaged(name, error) from error
 

@@ -47,7 +47,7 @@ def load(name: str, data: str | Path) -> Benchmark:
         raise ValueError(f"benchmark {name!r} is unknown; known: {', '.join(PROMPTS)}")
     path = _find(name, Path(data))
     questions = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text().split("\n"), 1):  # text may hold U+2028
         if line.strip():
             where = f"{path}, line {number}"
             questions.append(_question(_record(line, where), path.parent, number, where))

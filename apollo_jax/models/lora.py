@@ -70,7 +70,8 @@ class Update(nnx.Module):
 def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
     """Give the linears that `config` names an update each.
 
-    Raises ValueError for a pattern that fits none, listing the linears there are.
+    Raises ValueError for a pattern that fits none, listing the linears there are, and for a rank
+    that one of them cannot have.
     """
     for component, updates in config.chosen().items():
         linears = dict(_linears(model, component))
@@ -82,6 +83,13 @@ def attach(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
                 )
         for path, linear in linears.items():
             if any(_fits(path, pattern) for pattern in updates.targets):
+                *_, din, dout = linear.kernel.shape
+                if updates.rank > min(din, dout):
+                    raise ValueError(
+                        f"config.train.lora.{component}.rank is {updates.rank}, but {path} is "
+                        f"{din} x {dout}: take at most {min(din, dout)}, or leave it out of "
+                        "the targets"
+                    )
                 linear.lora = Update(linear, updates, rngs)
 
 

@@ -75,9 +75,9 @@ def rule_factor(config: OptimizerConfig, rows: Any) -> Any:
 
 
 def rates_by_batch(config: OptimizerConfig, batch: Batches) -> list[str]:
-    """What to tell of the rows of the updates and of the peak rates that follow from them."""
+    """What to tell of the rows of the updates, their peak rates, and what is set in vain."""
     rates = {n: r for n, r in dataclasses.asdict(config.learning_rates).items() if r > 0}
-    lines = []
+    lines = list(options.unread(config))
     for first, count in batch.ramp.pieces:
         rows = batch.rows * count
         factor = rule_factor(config, rows)

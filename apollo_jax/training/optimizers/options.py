@@ -2,8 +2,11 @@
 """What can be set for a single optimizer; what all or most of them share is in OptimizerConfig."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+_OWN = ("adafactor", "lars", "lion", "muon", "apollo", "apollo_mini")
+_WITHOUT_ADAM = ("adafactor", "lars", "lion")
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,29 @@ class Apollo:
 def apollo_mini() -> Apollo:
     """APOLLO-Mini (Sec 4.3): rank 1, one factor per tensor."""
     return Apollo(rank=1, each="tensor", alpha=128**0.5)
+
+
+def unread(config: Any) -> Iterator[str]:
+    """What is set for an optimizer that is not the chosen one: a line for each field.
+
+    Args:
+      config: an OptimizerConfig.
+    """
+    plain = type(config)(name=config.name)
+    for name in _OWN:
+        if name == config.name:
+            continue
+        own, usual = (asdict(getattr(c, name)) for c in (config, plain))
+        for field, value in own.items():
+            if value != usual[field]:
+                yield (
+                    f"config.optimizer.{name}.{field}={value} has no effect: "
+                    f"config.optimizer.name is {config.name}"
+                )
+    for field in ("b1", "b2", "eps"):
+        value = getattr(config, field)
+        if config.name in _WITHOUT_ADAM and value != getattr(plain, field):
+            yield f"config.optimizer.{field}={value} has no effect: {config.name} does not read it"
 
 
 def rate_problems(rule: str, base: int) -> Iterator[str]:

@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from apollo_jax import sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.checkpoints.manager import Checkpoints
-from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays
+from apollo_jax.checkpoints.orbax_arrays import OrbaxArrays, write_arrays
 from apollo_jax.checkpoints.run import is_run, latest_weights, read_experiment
+from apollo_jax.checkpoints.translate import Arrays
 from apollo_jax.sharding import MeshConfig
 from apollo_jax.training.state import TrainState
 
@@ -123,6 +125,13 @@ def flip(folder: Path) -> None:
     largest.write_bytes(content)
 
 
+def lose_chunk(item: Path) -> None:
+    """As where the part of one process is not there: without it a chunk would read as zeros."""
+    store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{item}/"}).result()
+    chunks = [key for key in store.list().result() if not key.endswith(b".zarray")]
+    store.delete_range(ts.KvStore.KeyRange(chunks[0], chunks[0] + b"\0")).result()
+
+
 def renumber(file: Path) -> None:
     file.write_text(file.read_text().replace('"next_step": 3', '"next_step": 7'))
 
@@ -132,6 +141,8 @@ DAMAGES = {
     "moments cut off": lambda folder: truncate(folder / "optimizer"),
     "bytes flipped": lambda folder: flip(folder / "weights"),
     "bytes of moments flipped": lambda folder: flip(folder / "optimizer"),
+    "a chunk gone": lambda folder: lose_chunk(folder / "weights"),
+    "a chunk of moments gone": lambda folder: lose_chunk(folder / "optimizer"),
     "a digit of the iterator": lambda folder: renumber(folder / "loop" / "metadata"),
     "manifest gone": lambda folder: os.remove(folder / "weights" / "manifest.ocdbt"),
     "part gone": lambda folder: shutil.rmtree(folder / "optimizer"),
@@ -156,11 +167,20 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, damage, capsys):
     assert restore(run)[0] == 3
 
 
-def test_flipped_bytes_are_no_weights_for_an_export(run):
-    flip(run / "checkpoints" / "00000003" / "weights")
+@pytest.mark.parametrize("damage", [flip, lose_chunk])
+def test_damage_is_no_weights_for_an_export(run, damage):
+    damage(run / "checkpoints" / "00000003" / "weights")
     stored = OrbaxArrays(latest_weights(run))
     with pytest.raises(ValueError, match="llm/a/0/kernel is damaged or missing"):
         stored.read("llm/a/0/kernel")
+
+
+def test_zeros_are_kept_apart_from_what_is_missing(tmp_path):
+    write_arrays(tmp_path, Arrays({"zeros": np.zeros((4, 4), np.float32)}))
+    assert not OrbaxArrays(tmp_path).read("zeros").any()
+    lose_chunk(tmp_path)
+    with pytest.raises(ValueError, match="zeros is damaged or missing"):
+        OrbaxArrays(tmp_path).read("zeros")
 
 
 def test_checkpoints_of_before_there_were_checksums_are_read(tmp_path, monkeypatch):

@@ -210,6 +210,23 @@ def test_wrong_updates_are_named(experiment, overrides, said):
         experiment({f"train.lora.{name}": value for name, value in overrides.items()})
 
 
+def test_a_rank_above_the_sides_of_a_linear(experiment):
+    """Before anything of that size is made; k and v are the narrowest."""
+    e = experiment({"train.lora.llm.rank": "1000000"})
+    with pytest.raises(
+        ValueError, match=r"rank is 1000000, but layers/\w+ is .*: take at most \d+"
+    ):
+        step.build(e, sharding.make_mesh(e.mesh))
+    most = e.model.llm.num_key_value_heads * e.model.llm.head_dim
+    fits = experiment({"train.lora.llm.rank": str(most), "train.lora.llm.targets": "k"})
+    step.build(fits, sharding.make_mesh(fits.mesh))
+    above = experiment({"train.lora.llm.rank": str(most + 1), "train.lora.llm.targets": "q,k"})
+    with pytest.raises(
+        ValueError, match=rf"layers/k is \d+ x {most}: take at most {most}, or leave"
+    ):
+        step.build(above, sharding.make_mesh(above.mesh))
+
+
 def test_a_linear_that_is_not_there(experiment):
     e = experiment({"train.lora.llm.rank": "2", "train.lora.llm.targets": "q_proj"})
     with pytest.raises(ValueError, match=r"targets: no linear is called 'q_proj'; .*layers/q, "):

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from apollo_jax.config import LearningRates, OptimizerConfig
-from apollo_jax.training.optimizer import make_optimizer, make_schedules
-from apollo_jax.training.optimizers.options import ByRole
+from apollo_jax.training.optimizer import ONE, make_optimizer, make_schedules, rates_by_batch
+from apollo_jax.training.optimizers.options import ByRole, Lars, unread
 
 RATES = LearningRates(connector=1e-2, llm=1e-3)
 PARAMS = {"connector/a": jnp.ones(3), "llm/b/c": jnp.full(2, 2.0)}
@@ -26,6 +26,20 @@ def _optax_mixes_types():
 
 def rate(config: OptimizerConfig, step: int, num_steps: int = 100) -> float:
     return float(make_schedules(config, num_steps)["connector"](jnp.int32(step)))
+
+
+def test_what_is_set_in_vain_is_said():
+    other = OptimizerConfig(RATES, name="lion", lars=Lars(trust=0.5), b2=0.9)
+    assert list(unread(other)) == [
+        "config.optimizer.lars.trust=0.5 has no effect: config.optimizer.name is lion",
+        "config.optimizer.b2=0.9 has no effect: lion does not read it",
+    ]
+    assert rates_by_batch(other, ONE)[:2] == list(unread(other))
+    for plain in (
+        OptimizerConfig(RATES, name="lars", lars=Lars(trust=0.5)),
+        OptimizerConfig(b2=0.9),
+    ):
+        assert not list(unread(plain))
 
 
 def test_cosine_warms_up_from_zero_and_ends_at_zero():
