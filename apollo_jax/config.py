@@ -276,10 +276,10 @@ def load_module(path: Path) -> types.ModuleType:
     return module
 
 
-def unset_paths(experiment: Experiment) -> list[str]:
-    """`a.b` of every path that still has to be given."""
+def unset_paths(experiment: Any) -> list[str]:
+    """`a.b` of every path that still has to be given, in any kind of experiment."""
     values = leaves(dataclasses.asdict(experiment))
-    if experiment.init_from:  # in place of the parts
+    if values.get("init_from"):  # in place of the parts
         values = {k: v for k, v in values.items() if not k.startswith("init_parts.")}
     empty = (k for k, v in values.items() if k.endswith((".path", ".tokenizer")) and not v)
     return [k for k, v in values.items() if v in (REQUIRED, (REQUIRED,))] + list(empty)

@@ -105,16 +105,21 @@ def softmax_autodiff(axes: Any, size: int, x: Any, y: Any, scale: Any, bias: Any
     return jnp.sum((normalisers(x, y) + normalisers(y, x)) / 2 - scale * right - bias)
 
 
+def sigmoid_ours(x: Any, y: Any, scale: Any, bias: Any) -> Any:
+    """The mean over rows."""
+    return contrastive_loss.sigmoid_loss(x, y, scale, bias).mean
+
+
 def softmax_ours(x: Any, y: Any, scale: Any, bias: Any) -> Any:
     """The softmax has no bias."""
     del bias
-    return contrastive_loss.softmax_loss(x, y, scale)
+    return contrastive_loss.softmax_loss(x, y, scale).mean
 
 
 WAYS: dict[str, dict[str, Callable]] = {
     "matrix": {"sigmoid": sigmoid_matrix, "softmax": softmax_matrix},
     "autodiff": {"sigmoid": sigmoid_autodiff, "softmax": softmax_autodiff},
-    "ours": {"sigmoid": contrastive_loss.sigmoid_loss, "softmax": softmax_ours},
+    "ours": {"sigmoid": sigmoid_ours, "softmax": softmax_ours},
 }
 
 

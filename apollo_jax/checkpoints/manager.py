@@ -79,6 +79,7 @@ class Checkpoints:
         self.workdir = Path(workdir).absolute()
         self.console = Console(stderr=True, quiet=jax.process_index() != 0)
         self.read_only, self.failed = read_only, False
+        self.torn: dict[int, str] = {}  # steps that `restore` found damaged, and how
         self.options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
             step_format_fixed_length=8,
@@ -187,13 +188,13 @@ class Checkpoints:
 
     def _latest_whole(self, items: ocp.args.Composite) -> Any:
         """The items of the newest checkpoint that can be read; the torn ones before it go aside."""
-        torn: dict[int, str] = {}
+        torn = self.torn = {}
         for step in sorted(self.manager.all_steps(), reverse=True):
             found, problem = self._try(step, items)
             # A process alone may have read the part that is damaged.
             problem = next(filter(None, agreement.hear(problem)), "")
             if not problem:
-                self._set_aside(torn, step)
+                self.set_aside(step)
                 return found
             torn[step] = problem
         if torn:
@@ -217,7 +218,9 @@ class Checkpoints:
             sys.unraisablehook = hook
         return None, problem
 
-    def _set_aside(self, torn: dict[int, str], used: int) -> None:
+    def set_aside(self, used: int) -> None:
+        """Say what was found damaged, and move it to torn/: the run goes on from step `used`."""
+        torn, self.torn = self.torn, {}
         for step, problem in torn.items():
             self.console.print(
                 f"[yellow]checkpoint {step} of {self.workdir} is damaged ({problem}); "
@@ -229,6 +232,11 @@ class Checkpoints:
                 for step in torn:
                     _move(self.workdir / CHECKPOINTS / f"{step:08d}", self.workdir / TORN)
             self.manager = self._open()
+
+    def any_torn(self) -> bool:
+        """Whether damaged checkpoints were put aside."""
+        folder = self.workdir / TORN
+        return folder.is_dir() and any(folder.iterdir())
 
     def close(self) -> None:
         """Wait for the last save to be complete; OSError as `save` if it could not be written."""

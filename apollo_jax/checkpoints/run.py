@@ -4,6 +4,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from apollo_jax.config import Experiment
 from apollo_jax.config_values import from_dict
@@ -19,16 +20,26 @@ def is_run(path: str | os.PathLike) -> bool:
 
 def is_pairs(path: str | os.PathLike) -> bool:
     """Whether `path` is the folder of a contrastive run, which has two towers and no decoder."""
-    return is_run(path) and "text" in json.loads((Path(path) / CONFIG).read_text())["model"]
+    return is_run(path) and _of_pairs(json.loads((Path(path) / CONFIG).read_text()))
+
+
+def _of_pairs(said: Any) -> bool:
+    return isinstance(said, dict) and "text" in (said.get("model") or {})
 
 
 def read_experiment(workdir: str | os.PathLike) -> Experiment:
-    """The Experiment of a run. ValueError if its config.json does not fit this version."""
+    """The Experiment of a run. ValueError for a contrastive one, or one of another version."""
     path = Path(workdir) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{workdir} is not the folder of a run: it has no {CONFIG}")
     try:
-        return from_dict(Experiment, json.loads(path.read_text()))
+        said = json.loads(path.read_text())
+        if _of_pairs(said):
+            raise ValueError(
+                "a contrastive run has two towers and no decoder; an Apollo takes over its tower "
+                f"with --config.init_parts.towers.NAME={workdir}"
+            )
+        return from_dict(Experiment, said)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -9,6 +9,7 @@ rematerialisation and with all logits at once: what any implementation must comp
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,8 +31,24 @@ def model_flops(experiment: Experiment) -> float:
     """
     train = replace(experiment.train, remat="none", loss_chunk=0, loss_cut="positions")
     trained = stages.trained_components(experiment.optimizer.learning_rates)
+    llm, length = experiment.model.llm, experiment.data.length
+    products = 4.0 * length**2 * llm.hidden_size * llm.num_hidden_layers
+    passes = 3  # the gradient passes through the decoder in every stage
+    row = flops_of_a_row(experiment, trained, partial(batch_sums, train=train))
+    return (row - passes * products / 2) * experiment.data.batch_size
+
+
+def flops_of_a_row(
+    experiment: Any, trained: tuple[str, ...], sums: Callable[..., losses.Sums]
+) -> int:
+    """FLOPs of the gradient of a batch of one row, of any kind of experiment.
+
+    Args:
+      trained: components with a gradient.
+      sums: (model, batch) -> loss sums.
+    """
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.local_devices(backend="cpu")[:1])
-    graphdef, shapes = abstract_model(experiment.model, train, trained, mesh)
+    graphdef, shapes = abstract_model(experiment.model, experiment.train, trained, mesh)
     plain = {n: jax.ShapeDtypeStruct(s.shape, s.dtype) for n, s in shapes.items()}
     params, frozen = split(plain, trained)
     one_row = replace(experiment, data=replace(experiment.data, batch_size=1))
@@ -40,14 +57,10 @@ def model_flops(experiment: Experiment) -> float:
     )
 
     def loss(params: Any, frozen: Any, batch: Batch) -> jax.Array:
-        return losses.mean(batch_sums(merge(graphdef, params, frozen), batch, train))[0]
+        return losses.mean(sums(merge(graphdef, params, frozen), batch))[0]
 
-    llm, length = experiment.model.llm, experiment.data.length
-    products = 4.0 * length**2 * llm.hidden_size * llm.num_hidden_layers
-    passes = 3  # the gradient passes through the decoder in every stage
     with jax.set_mesh(mesh):  # a CPU's, so that attention is no kernel wherever this runs
-        row = count(jax.grad(loss), params, frozen, batch) - passes * products / 2
-    return row * experiment.data.batch_size
+        return count(jax.grad(loss), params, frozen, batch)
 
 
 def count(function: Callable, *args: Any) -> int:

@@ -71,6 +71,12 @@ def _adder() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
     return NamedSharding(mesh, PartitionSpec("devices")), together(add)
 
 
+def first(found: bool) -> bool:
+    """What process 0 found, in all processes; called by all of them."""
+    mine = bool(found) and jax.process_index() == 0
+    return bool(np.asarray(total(np.array([mine], np.int32))).any())
+
+
 def stop(said: str, reason: str = "") -> NoReturn:
     """ValueError, the same in all processes: the reason, and what any process has to say."""
     heard = hear(said)

@@ -28,7 +28,7 @@ from apollo_jax import evaluation as reports
 from apollo_jax.config import Experiment
 from apollo_jax.inference.decoding import collate, generate_tokens
 from apollo_jax.training import stages
-from apollo_jax.training.boards import Boards, forget_after
+from apollo_jax.training.boards import Boards, forget_after, whole_lines
 from apollo_jax.training.state import TrainState, abstract_model, merge
 from data_pipeline.data_config import DataConfig, sample_maker
 from data_pipeline.samples import Sample
@@ -128,7 +128,7 @@ class Answers:
         for number, (one, answer) in enumerate(zip(self.held, said, strict=True)):
             text = f"**asked** {one.asked}\n\n**answer** {answer}\n\n**reference** {one.reference}"
             boards.show(step, f"samples/{number}", self.pages[number], text)
-        rows = map(json.loads, (self.workdir / SAMPLES).read_text().splitlines())
+        rows = map(json.loads, whole_lines(self.workdir / SAMPLES))
         (self.workdir / PAGE).write_text(_page(list(rows), self.held, self.pages))
 
     def _ask(self, model: Any) -> list[str]:

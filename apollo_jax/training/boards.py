@@ -18,6 +18,7 @@ from apollo_jax.config import Experiment
 from apollo_jax.training.guard import finite
 
 METRICS, TENSORBOARD, WANDB_ID = "metrics.jsonl", "tensorboard", "wandb_id"
+_FLUSH = 1  # seconds that TensorBoard may be behind; its own flush() leaves what is still queued
 
 
 class Boards:
@@ -31,7 +32,9 @@ class Boards:
         if primary:
             forget_after(workdir / METRICS, start)
             self.file = open(workdir / METRICS, "a")  # noqa: SIM115  closed by close()
-            self.tensorboard = SummaryWriter(str(workdir / TENSORBOARD), purge_step=start + 1)
+            self.tensorboard = SummaryWriter(
+                str(workdir / TENSORBOARD), purge_step=start + 1, flush_secs=_FLUSH
+            )
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, and the same as scalars; what is no number is null."""
@@ -101,16 +104,29 @@ def forget_after(path: Path, step: int) -> None:
     """Drop the lines of `path` beyond `step`: a resumed run writes those steps again."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if (n := _step_of(line)) is not None and n <= step]
+    kept = [line for line in whole_lines(path) if (n := _step_of(line)) is not None and n <= step]
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(f"{line}\n" for line in kept))
     os.replace(temporary, path)
 
 
+def evaluated(workdir: Path, step: int) -> bool:
+    """Whether a run has written what it found on held-out sources at `step`."""
+    path = workdir / METRICS
+    lines = [line for line in whole_lines(path) if _step_of(line) == step] if path.exists() else []
+    return any(name.startswith("eval/") for line in lines for name in json.loads(line))
+
+
+def whole_lines(path: Path) -> list[str]:
+    """Of a file of JSON values, without one that was cut off while it was written.
+
+    Values may hold other characters at which `splitlines` would split, as U+2028.
+    """
+    return [line.decode() for line in path.read_bytes().split(b"\n")[:-1]]
+
+
 def _step_of(line: str) -> int | None:
-    """The step of a whole line, None of one that was cut off while it was written."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else None
+        return json.loads(line)["step"]
     except ValueError:
         return None

@@ -3,7 +3,7 @@
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,18 +67,21 @@ def refuse_changes(workdir: Path, held: Any, experiment: Any) -> None:
         raise ValueError(f"config.train.num_steps={asked}: {workdir} has done {done} already")
 
 
-def tokenizer_of(experiment: Experiment) -> Tokenizer:
-    """The experiment's tokenizer. ValueError for a path that is not set or too many tokens."""
+def tokenizer_of(experiment: Any, rows: int, field: str) -> Tokenizer:
+    """The experiment's tokenizer. ValueError for a path that is not set or too many tokens.
+
+    Args:
+      rows: of the model's table of tokens; config.`field` says so.
+    """
     unset = [f"--config.{name}=PATH" for name in unset_paths(experiment)]
     if unset:
         raise ValueError(f"the config leaves these paths to you:\n  {' '.join(unset)}")
     data = experiment.data
     tokenizer = Tokenizer.from_path(data.tokenizer)
-    size, rows = tokenizer.vocab_size, experiment.model.llm.vocab_size
-    if size > rows:
+    if tokenizer.vocab_size > rows:
         raise ValueError(
-            f"tokenizer {data.tokenizer} has {size} tokens, the decoder's table "
-            f"(config.model.llm.vocab_size) only {rows}"
+            f"tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, the model's table "
+            f"(config.{field}) only {rows}"
         )
     return tokenizer
 
@@ -182,12 +185,19 @@ def refusals(
             f"the decoder's {heads} heads do not divide over mesh context={context} "
             f"tensor={tensor}, as mesh.attention=ulysses needs"
         )
+    yield from indivisible(mesh, divisors)
+
+
+def indivisible(
+    mesh: Mapping[str, int], divisors: Mapping[str, int] | None = None
+) -> Iterator[str]:
+    """Axes of a mesh over which the weights do not divide."""
     for axis, largest in (divisors or {}).items():
         if largest % mesh[axis]:
             yield f"the weights do not divide over mesh {axis}={mesh[axis]}, only over {largest}"
 
 
-def weight_divisors(experiment: Experiment) -> dict[str, int]:
+def weight_divisors(experiment: Any) -> dict[str, int]:
     """By mesh axis the largest number of devices that divides every weight cut along it."""
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     _, shapes = abstract_model(experiment.model, experiment.train, (), one)
@@ -200,15 +210,17 @@ def weight_divisors(experiment: Experiment) -> dict[str, int]:
 
 
 def memory(
-    experiment: Experiment,
+    experiment: Any,
     state: TrainState,
     mesh: Mapping[str, int],
     limit: float | None = None,
     machine: Machine | None = None,
+    refusals: Callable[..., Iterator[str]] = refusals,
 ) -> None:
     """ValueError if weights, moments and gradients alone exceed a device, with what would do.
 
     Args:
+      experiment: an Experiment, or any kind of run with `refusals` of its own.
       state: shapes and shardings.
       limit: bytes of a device; default what this process's first device says, if it does.
       machine: default that of this process.
@@ -235,7 +247,7 @@ def memory(
     )
 
 
-def gradients_held(experiment: Experiment, state: TrainState) -> Any:
+def gradients_held(experiment: Any, state: TrainState) -> Any:
     """Shapes of the gradients that are there at once: sums over microbatches, or what a clip needs.
 
     A clip by their norm needs all of them; accumulated ones are float32, and clipped in place.

@@ -11,7 +11,7 @@ B pairs, T caption tokens.
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from apollo_jax.training import train as training
 from apollo_jax.training.boards import find_wandb
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
+from apollo_jax.training.held_out import check_held_out
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.meeting import meet
 from apollo_jax.training.noise_scale import NoiseScale
@@ -42,6 +43,7 @@ from apollo_jax.training.optimizer import (
     make_schedules,
     rates_by_batch,
 )
+from apollo_jax.training.profiling import listen
 from apollo_jax.training.ramp import left_out
 from apollo_jax.training.shared_folder import refuse_apart
 from apollo_jax.training.state import (
@@ -51,11 +53,11 @@ from apollo_jax.training.state import (
     abstract_state,
     random_weights,
 )
-from apollo_jax.training.step import Program, make_program
+from apollo_jax.training.step import Program, groups_of, make_program
+from apollo_jax.training.throughput import peak_seconds
 from apollo_jax.training.weights import load_part, tower_parts
 from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig
-from data_pipeline.tokenizer import Tokenizer
 
 console = training.console
 
@@ -134,6 +136,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
+    listen()
     experiment = load(args.config, parse_overrides(rest))
     if args.distributed:
         processes.join(args.distributed, experiment)
@@ -150,7 +153,8 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
     """Train to the end or to a stop signal; True if all steps are done. Errors as `train.train`."""
     goodput = Goodput()
     find_wandb(experiment.train.wandb)  # or say so now
-    tokenizer = Tokenizer.from_path(experiment.data.tokenizer)
+    table = experiment.model.text.vocab_size
+    tokenizer = checks.tokenizer_of(experiment, table, "model.text.vocab_size")
     begun = _continues(experiment, workdir)
     mesh = sharding.make_mesh(experiment.mesh)
     if experiment.data.batch_size % mesh.size:
@@ -160,11 +164,16 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
         )
     sizes = experiment.train.ramp
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, sizes)
-    processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
-    refuse_apart(workdir, experiment.train.join_seconds)
+    seconds = experiment.train.join_seconds
+    processes.same("data", loader.get_state()["data"], seconds)
+    check_held_out(experiment, mesh)
+    refuse_apart(workdir, seconds)
+    processes.same("begun", {f"whether {workdir} holds the run": begun}, seconds)
     console.quiet = jax.process_index() != 0
+    needs = peak_seconds(experiment, pair_flops)
     with contextlib.closing(loader), jax.set_mesh(mesh):
         program = build(experiment, mesh)
+        check_memory(experiment, program.abstract, mesh.shape)
         batches = Batches(experiment.data.batch_size, sizes)
         late = left_out(experiment.train.batch_ramp, experiment.train.num_steps)
         for line in (*late, *rates_by_batch(_rated(experiment), batches)):
@@ -182,8 +191,37 @@ def train(experiment: Contrastive, workdir: Path) -> bool:
         judged = None if saved is None else saved.get("guard")
         guard = Guard(whole.train, workdir, records_of(loader, sizes), judged)
         noise = NoiseScale(None if saved is None else saved.get("noise"))
-        begun_run = training.Run(whole, workdir, mesh, program, loader, guard, goodput, noise, tier)
+        begun_run = training.Run(
+            whole, workdir, mesh, program, loader, guard, goodput, noise, tier, needs
+        )
         return training.loop(begun_run, step, state)
+
+
+def check_memory(
+    experiment: Contrastive, state: TrainState, mesh: Mapping[str, int], limit: float | None = None
+) -> None:
+    """As `checks.memory`; pairs are spread over all devices of any mesh, weights are not."""
+    checks.memory(experiment, state, mesh, limit, refusals=_refusals)
+
+
+def _refusals(
+    experiment: Contrastive, mesh: Mapping[str, int], divisors: Any, machine: Any
+) -> Iterator[str]:
+    del experiment, machine
+    return checks.indivisible(mesh, divisors)
+
+
+def pair_flops(experiment: Contrastive) -> float:
+    """FLOPs that a microbatch needs: both towers' gradients, three products of clips with captions.
+
+    Counted as `planning.flops.model_flops` does.
+    """
+    from apollo_jax.planning.flops import flops_of_a_row  # nobody else needs the planner
+
+    rows, width = experiment.data.batch_size, experiment.model.embedding_size
+    return (
+        flops_of_a_row(experiment, _trained(experiment), pair_sums) * rows + 6.0 * rows**2 * width
+    )
 
 
 def _continues(experiment: Contrastive, workdir: Path) -> bool:
@@ -203,8 +241,11 @@ def initial_weights(experiment: Contrastive, abstract: TrainState) -> tuple[Arra
     for part in loaded:
         weights |= part
     origin = ", ".join(["random", *(f"{prefix} from {path}" for prefix, path, _ in parts)])
-    trained = ", ".join(c for c, rate in asdict(experiment.rates).items() if rate > 0)
-    return weights, f"{origin}; {trained} train"
+    return weights, f"{origin}; {', '.join(_trained(experiment))} train"
+
+
+def _trained(experiment: Contrastive) -> tuple[str, ...]:
+    return tuple(c for c, rate in asdict(experiment.rates).items() if rate > 0)
 
 
 def _rated(experiment: Contrastive) -> OptimizerConfig:
@@ -213,23 +254,29 @@ def _rated(experiment: Contrastive) -> OptimizerConfig:
 
 def build(experiment: Contrastive, mesh: Mesh) -> Program:
     """As `step.build`, with the loss of pairs."""
-    config, rates = experiment.train, asdict(experiment.rates)
-    trained = tuple(c for c, rate in rates.items() if rate > 0)
+    config, trained = experiment.train, _trained(experiment)
     graphdef, shapes = abstract_model(experiment.model, config, trained, mesh)
     rated, batches = _rated(experiment), Batches(experiment.data.batch_size, config.ramp)
     schedules = make_schedules(rated, config.num_steps, batches)
     tx = make_optimizer(rated, schedules)
     abstract = abstract_state(shapes, trained, tx, mesh, offload=config.offload_optimizer)
-    sums: Any = partial(pair_sums, loss=experiment.loss, remat=config.remat)
-    return make_program(config, graphdef, tx, schedules, sums, abstract)
+    groups = groups_of(experiment)
+    sums: Any = partial(pair_sums, loss=experiment.loss, remat=config.remat, groups=groups)
+    return make_program(config, graphdef, tx, schedules, sums, abstract, groups=groups)
 
 
 def pair_sums(
-    model: two_towers.TwoTowers, batch: Batch, *, loss: str = "sigmoid", remat: str = "none"
+    model: two_towers.TwoTowers,
+    batch: Batch,
+    *,
+    loss: str = "sigmoid",
+    remat: str = "none",
+    groups: int = 0,
 ) -> losses.Sums:
     """Loss, pairs that find each other (R@1 in the batch, mean of both directions), and pairs.
 
     A row whose record could not be read is a pair of zeros, that pulls at nothing but the bias.
+    Given `groups`, loss and pairs are told by the group of the caption, without such rows.
     """
     x = jax.tree.map(jnp.asarray, batch)
     tokens, there = captions(x.targets, x.loss_weights, model.config.text.max_tokens)
@@ -242,8 +289,15 @@ def pair_sums(
         value = contrastive_loss.sigmoid_loss(clips, texts, scale, bias)
     else:
         value = contrastive_loss.softmax_loss(clips, texts, scale)
-    pairs = jnp.asarray(clips.shape[0], jnp.float32)
-    return losses.Sums(value * pairs, contrastive_loss.retrieved(clips, texts), pairs)
+    pairs, by_group = jnp.asarray(clips.shape[0], jnp.float32), None
+    if groups:
+        group = jnp.max(jnp.where(x.loss_weights > 0, x.groups, 0), axis=1)
+        mine = (group == jnp.arange(groups)[:, None]) & whole[:, 0]  # [G, B]
+        by_row = jax.lax.stop_gradient(value.rows)
+        sums = [jnp.sum(jnp.where(mine, v, 0.0), axis=1) for v in (by_row, jnp.ones_like(by_row))]
+        by_group = jnp.stack(sums, axis=1)
+    found = contrastive_loss.retrieved(clips, texts)
+    return losses.Sums(value.mean * pairs, found, pairs, by_group)
 
 
 def captions(

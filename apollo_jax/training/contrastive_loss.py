@@ -26,8 +26,15 @@ Scores = Float[Array, "b b"]
 Scalar = Float[Array, ""]
 
 
+class Loss(NamedTuple):
+    """The mean over rows, and what it is the mean of. Gradients flow from `mean` alone."""
+
+    mean: Scalar
+    rows: Float[Array, "B"]
+
+
 @jax.custom_vjp
-def sigmoid_loss(x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> Scalar:
+def sigmoid_loss(x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> Loss:
     """-log sigmoid(z (scale x_i y_j + bias)) per row, summed over all j; z is 1 if i = j, else -1.
 
     Row i of `x` belongs to row i of `y`, and both are of length 1 as a rule. Products are made in
@@ -36,25 +43,26 @@ def sigmoid_loss(x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> Scalar:
 
     Raises ValueError if the devices do not divide the rows.
     """
-    _, (loss,) = _on_ring(_sigmoid_value, (x, y), (scale, bias))
-    return loss
+    (by_row,), (loss,) = _on_ring(_sigmoid_value, (x, y), (scale, bias))
+    return Loss(loss, by_row)
 
 
-def _sigmoid_forward(x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> tuple[Scalar, tuple]:
+def _sigmoid_forward(x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> tuple[Loss, tuple]:
     # A pair's slope depends on no other pair: one round makes the value and the gradients.
-    (dx, dy), (loss, dscale, dbias) = _on_ring(_sigmoid_gradients, (x, y), (scale, bias))
-    return loss, (dx, dy, dscale.astype(scale.dtype), dbias.astype(bias.dtype))
+    (dx, dy, by_row), (loss, dscale, dbias) = _on_ring(_sigmoid_gradients, (x, y), (scale, bias))
+    kept = (dx, dy, dscale.astype(scale.dtype), dbias.astype(bias.dtype))
+    return Loss(loss, by_row), kept
 
 
-def _times(gradients: tuple[Array, ...], g: Scalar) -> tuple[Array, ...]:
-    return tuple(d * g.astype(d.dtype) for d in gradients)
+def _times(gradients: tuple[Array, ...], g: Loss) -> tuple[Array, ...]:
+    return tuple(d * g.mean.astype(d.dtype) for d in gradients)
 
 
 sigmoid_loss.defvjp(_sigmoid_forward, _times)
 
 
 @jax.custom_vjp
-def softmax_loss(x: Rows, y: Rows, scale: Scalar) -> Scalar:
+def softmax_loss(x: Rows, y: Rows, scale: Scalar) -> Loss:
     """Cross-entropy of finding y_i by x_i and x_i by y_i among all rows, with scores scale x_i y_j.
 
     The mean over rows and over both directions; otherwise as `sigmoid_loss`.
@@ -62,12 +70,12 @@ def softmax_loss(x: Rows, y: Rows, scale: Scalar) -> Scalar:
     return _softmax_forward(x, y, scale)[0]
 
 
-def _softmax_forward(x: Rows, y: Rows, scale: Scalar) -> tuple[Scalar, tuple]:
-    normalisers, (loss,) = _on_ring(_softmax_value, (x, y), (scale,))
-    return loss, (x, y, *normalisers, scale)
+def _softmax_forward(x: Rows, y: Rows, scale: Scalar) -> tuple[Loss, tuple]:
+    (by_row, *normalisers), (loss,) = _on_ring(_softmax_value, (x, y), (scale,))
+    return Loss(loss, by_row), (x, y, *normalisers, scale)
 
 
-def _softmax_backward(kept: tuple[Array, ...], g: Scalar) -> tuple[Array, ...]:
+def _softmax_backward(kept: tuple[Array, ...], g: Loss) -> tuple[Array, ...]:
     *rows, scale = kept
     (dx, dy), (dscale,) = _on_ring(_softmax_gradients, tuple(rows), (scale,))
     return _times((dx, dy, dscale.astype(scale.dtype)), g)
@@ -138,29 +146,31 @@ def _on_ring(local: Callable, rows: tuple[Array, ...], scalars: tuple[Array, ...
 
 
 def _sigmoid_value(ring: Ring, x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> tuple:
-    def visit(stop: Any, total: Scalar, theirs: Rows, back: None) -> Scalar:
+    def visit(stop: Any, by_row: Array, theirs: Rows, back: None) -> Array:
         del back
         loss, _ = _sigmoid(scale * _products(x, theirs) + bias, _pairs(x, stop))
-        return total + jnp.sum(loss)
+        return by_row + jnp.sum(loss, axis=1)
 
-    return (), (ring.mean(ring.travel(visit, jnp.zeros(()), y), x),)
+    by_row = ring.travel(visit, jnp.zeros(x.shape[0]), y)
+    return (by_row,), (ring.mean(jnp.sum(by_row), x),)
 
 
 def _sigmoid_gradients(ring: Ring, x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> tuple:
     def visit(stop: Any, sums: tuple, their_y: Rows, their_x: Rows) -> tuple:
-        dx, dy, total, dscale, dbias = sums
+        dx, dy, by_row, dscale, dbias = sums
         products = _products(x, their_y)
         loss, slopes = _sigmoid(scale * products + bias, _pairs(x, stop))
         dscale += jnp.sum(slopes * products)
         dx += _gather(slopes, their_y)
         _, mirrored = _sigmoid(scale * _products(y, their_x) + bias, _pairs(x, stop))
         dy += _gather(mirrored, their_x)
-        return dx, dy, total + jnp.sum(loss), dscale, dbias + jnp.sum(slopes)
+        return dx, dy, by_row + jnp.sum(loss, axis=1), dscale, dbias + jnp.sum(slopes)
 
     zero = jnp.zeros(())
-    sums = (*_zeros(x, y), zero, zero, zero)
-    dx, dy, *scalars = ring.travel(visit, sums, y, x)
-    return _per_row(ring, scale, dx, dy, x), tuple(ring.mean(s, x) for s in scalars)
+    sums = (*_zeros(x, y), jnp.zeros(x.shape[0]), zero, zero)
+    dx, dy, by_row, *slopes = ring.travel(visit, sums, y, x)
+    means = tuple(ring.mean(s, x) for s in (jnp.sum(by_row), *slopes))
+    return (*_per_row(ring, scale, dx, dy, x), by_row), means
 
 
 def _sigmoid(scores: Scores, pairs: Array) -> tuple[Scores, Scores]:
@@ -195,7 +205,7 @@ class Normaliser(NamedTuple):
 
 
 def _softmax_value(ring: Ring, x: Rows, y: Rows, scale: Scalar) -> tuple:
-    """((normaliser of each x over all y, of each y over all x), (loss,))."""
+    """((loss of each row, normaliser of each x over all y, of each y over all x), (loss,))."""
 
     def visit(stop: Any, sums: tuple, theirs: Rows, back: None) -> tuple[Normaliser, Normaliser]:
         del stop, back
@@ -209,8 +219,9 @@ def _softmax_value(ring: Ring, x: Rows, y: Rows, scale: Scalar) -> tuple:
     by_x, by_y = ring.travel(visit, (nothing, nothing), y)
     by_y = ring.shift(by_y, 1)  # home
     right = scale * jnp.einsum("id,id->i", x, y, preferred_element_type=jnp.float32)
-    both = ((n.largest - right) + jnp.log(n.total) for n in (by_x, by_y))
-    return (by_x, by_y), (ring.mean(jnp.sum(sum(both, jnp.zeros(()))) / 2, x),)
+    one, other = ((n.largest - right) + jnp.log(n.total) for n in (by_x, by_y))
+    by_row = (one + other) / 2
+    return (by_row, by_x, by_y), (ring.mean(jnp.sum(by_row), x),)
 
 
 def _softmax_gradients(

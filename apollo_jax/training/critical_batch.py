@@ -32,6 +32,7 @@ from apollo_jax.training.critical_batch_results import RESULTS, TAIL, Results, r
 from apollo_jax.training.guard import Diverged
 from apollo_jax.training.meeting import meet
 from apollo_jax.training.optimizer import Batches, make_schedules
+from apollo_jax.training.profiling import listen
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer
 
@@ -59,10 +60,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
     parser.add_argument("--batches", default="1,2,4,8", help="microbatches to an update")
     parser.add_argument("--tokens", required=True, type=int, help="positions that each fork sees")
-    parser.add_argument("--rule", choices=("none", "linear", "sqrt"), default="sqrt")
+    parser.add_argument(
+        "--rule",
+        choices=("none", "linear", "sqrt"),
+        help="of the forks' rates (default: the run's rate_rule, or sqrt where it has none)",
+    )
     parser.add_argument("--tolerance", type=float, default=0.01, help="nats above the best loss")
     processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
+    listen()
     overrides = parse_overrides(rest)
     config = to_config(run.read_experiment(args.workdir))
     for name, text in overrides.items():
@@ -81,7 +87,7 @@ def study(experiment: Experiment, args: argparse.Namespace, overrides: dict[str,
       experiment: of the run, with the fields that `overrides` sets.
       args: of the command.
     """
-    batches = numbers(args.batches)
+    batches, rule = numbers(args.batches), rule_of(experiment, args.rule)
     if not 0 <= args.tolerance < math.inf:
         raise ValueError(f"--tolerance {args.tolerance}: nats above the best loss, 0 or more")
     step = args.step
@@ -94,11 +100,10 @@ def study(experiment: Experiment, args: argparse.Namespace, overrides: dict[str,
         raise ValueError(f"--step {step}: {args.workdir} has checkpoints of {there}")
     window = window_of(experiment, batches, args.tokens)
     forks = [
-        Fork(b, forked(experiment, step, b, window, args.rule), args.output / f"x{b}")
-        for b in batches
+        Fork(b, forked(experiment, step, b, window, rule), args.output / f"x{b}") for b in batches
     ]
     said = {"run": str(args.workdir.absolute()), "step": step, "tokens": args.tokens}
-    said |= {"window": window, "rule": args.rule, "overrides": overrides}
+    said |= {"window": window, "rule": rule, "overrides": overrides}
     results = Results(args.output / RESULTS, said)
     flags = {"batches": batches, "tolerance": args.tolerance, "output": str(args.output.absolute())}
     done = {"forks that are done": list(results.forks)}
@@ -109,13 +114,21 @@ def study(experiment: Experiment, args: argparse.Namespace, overrides: dict[str,
             results.add(fork.microbatches, experiment.data.batch_size, tail, math.lcm(*batches))
     ends = [results.forks[str(b)] for b in batches]
     found = summary(ends, args.tolerance)
-    reached = run.progress(args.workdir)[1]
-    since = reached if reached < experiment.train.num_steps else step  # it may be further by now
+    reached, end = run.progress(args.workdir)[1], experiment.train.num_steps
+    since = reached if reached < end else step  # it may be further by now
     rates = forks[0].experiment.optimizer
     following = continuation(experiment, rates, since, found["critical_microbatches"])
     results.write(found | {"continue_with": following})
+    where = ""
+    if since == end:
+        where = f"the run has done its {end} updates, and with a larger train.num_steps may "
+    elif reached >= end:
+        where = (
+            f"the run has done its {end} updates; a copy of {args.workdir} without the checkpoints "
+            f"after {step} may "
+        )
     if jax.process_index() == 0:
-        report(ends, found, following)
+        report(ends, found, following, where)
 
 
 def numbers(text: str) -> list[int]:
@@ -128,6 +141,19 @@ def numbers(text: str) -> list[int]:
     if len(found) < 2:
         raise ValueError(f"--batches {text}: at least two numbers of microbatches, as 1,2,4")
     return found
+
+
+def rule_of(experiment: Experiment, asked: str | None) -> str:
+    """The rule of the forks' rates. ValueError where the run, which keeps its own, has another."""
+    own = experiment.optimizer.rate_rule
+    if own == "none":
+        return asked or "sqrt"
+    if asked not in (None, own):
+        raise ValueError(
+            f"--rule {asked}: the run goes on by its own config.optimizer.rate_rule, {own}, at "
+            "other rates than such forks have; leave --rule out"
+        )
+    return own
 
 
 def before(experiment: Experiment, step: int) -> tuple[tuple[int, int], ...]:
@@ -210,6 +236,7 @@ def run_fork(fork: Fork, checkpoint: Path, tokenizer: Path) -> np.ndarray:
         done, tail = True, np.full((last, 2), np.nan)
     if not done:
         raise ValueError(f"{fork.folder} was stopped; the same command goes on with it")
+    processes.heeded.clear()
     meet()  # the fork is closed
     if tail is None:
         lines = map(json.loads, (fork.folder / METRICS).read_text().splitlines())
@@ -233,15 +260,15 @@ def continuation(
 ) -> dict[str, str]:
     """Fields with which the run goes on from `step` with other batches, to as many samples in all.
 
-    The schedule stays the same function of samples, and rates follow the rule of the forks.
+    The schedule stays the same function of samples, and rates follow the rule of the forks. Where
+    no samples are left, how many steps there are to be is not said.
     """
     ramp = e.train.ramp
     pieces = (*before(e, step), (step, microbatches))
     left = ramp.before(e.train.num_steps) - ramp.before(step)
-    fields = {
-        "train.batch_ramp": ",".join(f"{first}:{count}" for first, count in pieces),
-        "train.num_steps": str(step + math.ceil(left / microbatches)),
-    }
+    fields = {"train.batch_ramp": ",".join(f"{first}:{count}" for first, count in pieces)}
+    if left > 0:
+        fields["train.num_steps"] = str(step + math.ceil(left / microbatches))
     if e.train.accumulate > 1:  # the ramp says it now
         fields["train.accumulate"] = "1"
     if len(ramp.pieces) == 1:  # so far updates and samples are the same schedule

@@ -94,8 +94,10 @@ def summary(forks: list[dict[str, Any]], tolerance: float) -> dict[str, Any]:
     }
 
 
-def report(forks: list[dict[str, Any]], found: dict[str, Any], following: dict[str, str]) -> None:
-    """The table, and what to do with it."""
+def report(
+    forks: list[dict[str, Any]], found: dict[str, Any], following: dict[str, str], where: str = ""
+) -> None:
+    """The table, and what to do with it: flags to go on with, and `where` if not in the run."""
     table = Table("microbatches", "rows", "updates", "loss", "above the best")
     best = min(fork["loss"] for fork in forks if not fork["diverged"])
     for fork in forks:
@@ -104,6 +106,7 @@ def report(forks: list[dict[str, Any]], found: dict[str, Any], following: dict[s
         judged = ("diverged", "") if loss is None else (f"{loss:.4f}", f"{loss - best:.4f}")
         table.add_row(*cells, *judged)
     console.print(table)
+    flags = " ".join(f"--config.{name}={text}" for name, text in following.items())
     more = " or more: no fork was too large" if found["at_least"] else ""
     curve, fitted = found["fit"], "{rows:g} rows ({low:g} to {high:g}, about 95 %)"
     if curve["rows"] is None:
@@ -111,6 +114,6 @@ def report(forks: list[dict[str, Any]], found: dict[str, Any], following: dict[s
     for line in (
         f"critical batch: {found['critical_rows']} rows{more}",
         f"of the curve through all losses: {fitted.format(**curve)}",
-        f"go on with {' '.join(f'--config.{name}={text}' for name, text in following.items())}",
+        f"{where}go on with {flags}",
     ):
         console.print(line, soft_wrap=True, highlight=False)

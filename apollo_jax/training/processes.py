@@ -16,6 +16,8 @@ import itertools
 import json
 import os
 import platform
+import re
+import signal
 import socket
 import sys
 import threading
@@ -30,10 +32,13 @@ from jaxlib import version
 from apollo_jax.config_values import leaves
 from apollo_jax.training import lifeline
 
+STOPPED = 128 + signal.SIGTERM  # exit status of processes that end on it with nothing to save
 AGAIN = 75  # exit status of a process that lost the others: EX_TEMPFAIL, start all of them again
 _PARTING = 5.0  # seconds that one who failed waits whether all others failed too
 _LISTEN = 2.0  # seconds between two looks at what others had to say
+_ADDRESS = re.compile(r"(?P<place>.+:[0-9]+),(?P<count>[0-9]+),(?P<index>[0-9]+)")
 _over = threading.Event()  # this process has come to its end, and knows why
+heeded = threading.Event()  # a loop looks whether SIGTERM came, and saves; see stop_signal.py
 _caught: set[type[Exception]] = set()  # what `leave` lets pass, see `parting`
 _gone: list[int] = []  # processes that ended, as process 0 sees them
 _compared = itertools.count()  # calls of `same`; the service takes every key once
@@ -69,26 +74,31 @@ def join(how: str, experiment: Any) -> None:
     seconds, where = experiment.train.join_seconds, "auto"
     address: dict[str, Any] = {}
     if how != "auto":
-        try:
-            place, count, index = how.split(",")
-            address = dict(
-                coordinator_address=place, num_processes=int(count), process_id=int(index)
-            )
-        except ValueError:
+        found = _ADDRESS.fullmatch(how)
+        if found is None or not int(found["index"]) < int(found["count"]):
             raise ValueError(
-                f"--distributed {how}: must be HOST:PORT,COUNT,INDEX or auto"
-            ) from None
+                f"--distributed {how}: must be auto or HOST:PORT,COUNT,INDEX, the port of process "
+                "0 and an index from 0 to COUNT - 1"
+            )
+        place, count, index = found.groups()
+        address = dict(coordinator_address=place, num_processes=int(count), process_id=int(index))
         where = f"process {index} of {count} at {place}"
     alarm = threading.Timer(seconds, _give_up, (where, seconds))
     alarm.daemon = True
     alarm.start()
-    # The alarm comes first: what jax does after its own timeout is to abort without a reason.
-    jax.distributed.initialize(
-        **address,
-        initialization_timeout=seconds + 60,
-        heartbeat_timeout_seconds=experiment.train.heartbeat_seconds,
-    )
-    alarm.cancel()
+    try:  # the alarm comes first: what jax does after its own timeout is to abort without a reason
+        jax.distributed.initialize(
+            **address,
+            initialization_timeout=seconds + 60,
+            heartbeat_timeout_seconds=experiment.train.heartbeat_seconds,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed {how}: jax finds nothing here that says who the other processes are, "
+            f"as TPU pods, GKE and SLURM do ({error}); say it: --distributed HOST:PORT,COUNT,INDEX"
+        ) from error
+    finally:
+        alarm.cancel()
     same("start", _facts(experiment), seconds)
     now = state()
     lifeline.hold(now.client, now.coordinator_address, now.process_id, _gone.append)
@@ -200,6 +210,8 @@ def _part(error: Exception) -> None:
     """Returns if all processes failed; else ends this one."""
     me, own = jax.process_index(), isinstance(error, (ValueError, OSError, Again))
     if is_loss(error):
+        if not heeded.is_set() and _asked_to_stop():  # as the other was
+            _stop()
         why = _heard() or _obituary() or _first_line(error)
         _say("lost", f"process {me} lost another: {_first_line(error)}")
         time.sleep(_LISTEN)
@@ -223,8 +235,15 @@ def is_loss(error: BaseException) -> bool:
 
 
 def _listen() -> None:
-    """Ends this process, wherever it waits, when another has left its last words or is gone."""
+    """Ends this process, wherever it waits, when another has left its last words or is gone.
+
+    The same where SIGTERM came to one of them and no loop heeds it: jax takes the signal.
+    """
     while not _over.wait(_LISTEN):
+        if not heeded.is_set() and _asked_to_stop():
+            time.sleep(2 * _LISTEN if jax.process_index() == 0 else 0)  # the service goes last
+            if not heeded.is_set() and not _over.is_set():
+                _stop()
         gone = _obituary()  # before the words, which come before the end
         failed = _heard("failed")
         if failed and _over.wait(2 * _PARTING):  # it may be an error of all
@@ -234,6 +253,17 @@ def _listen() -> None:
         if gone:
             _say("lost", gone)
             _lost(gone)
+
+
+def _stop() -> NoReturn:
+    text = "stops on a signal; there is nothing to save, the same command continues"
+    _end(STOPPED, f"process {jax.process_index()} {text}")
+
+
+def _asked_to_stop() -> bool:
+    with contextlib.suppress(Exception):  # there is no such key before
+        return bool(state().client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))  # jax's own
+    return False
 
 
 def _obituary() -> str:

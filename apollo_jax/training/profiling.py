@@ -8,9 +8,9 @@ import contextlib
 import re
 import signal
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -30,6 +30,19 @@ def parse(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+_signal = types.SimpleNamespace(asked=False)  # no lock: what sets it may interrupt who reads it
+
+
+def listen() -> Any:
+    """From here on SIGUSR1 asks for a trace of the next steps; what the signal did before.
+
+    Who is sent a signal that nobody takes dies of it, and what comes before the steps takes long.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return signal.signal(signal.SIGUSR1, lambda *_: vars(_signal).update(asked=True))
+    return None
+
+
 class Tracer:
     """Traces the steps that `profile` names ("START:COUNT"), and a few after every SIGUSR1."""
 
@@ -37,19 +50,13 @@ class Tracer:
         self.folder, self.console = workdir / FOLDER, console or Console()
         self.first, count = parse(profile)
         self.end = self.first + count  # the first step that is not traced any more
-        self.asked = self.tracing = False
+        self.tracing = False
         self.primary = jax.process_index() == 0
         self.previous: Any = None
 
     def __enter__(self) -> "Tracer":
-        # In all processes: who is sent a signal that nobody takes dies of it.
-        if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGUSR1, self._ask)
+        self.previous = listen()
         return self
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        self.asked = True
 
     @contextlib.contextmanager
     def step(self, step: int, before: Any) -> Iterator[None]:
@@ -60,9 +67,10 @@ class Tracer:
         """
         if self.tracing and step >= self.end:
             self._stop(step, before)
-        if self.asked and not self.tracing:
-            self.first, self.end = step, step + ON_SIGNAL
-        self.asked = False
+        if _signal.asked:
+            _signal.asked = False
+            if not self.tracing:
+                self.first, self.end = step, step + ON_SIGNAL
         if self.primary and not self.tracing and self.first <= step < self.end:
             self._start(step, before)
         if not self.tracing:

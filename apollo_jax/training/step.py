@@ -129,7 +129,7 @@ def build(experiment: Experiment, mesh: Mesh) -> Program:
     return make_program(train, graphdef, tx, schedules, sums, abstract, options, groups, gains)
 
 
-def groups_of(experiment: Experiment) -> int:
+def groups_of(experiment: Any) -> int:
     """Numbers below this stand in `Batch.groups`, of training and of held-out sources."""
     sources = (experiment.data.sources, experiment.evaluation.sources)
     return len(MODALITIES) * max(map(len, sources))

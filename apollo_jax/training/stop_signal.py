@@ -10,9 +10,14 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from apollo_jax.training import processes
+
 
 class StopSignal:
-    """SIGTERM or Ctrl-C ask the loop to stop after this step; a second one ends it at once."""
+    """SIGTERM or Ctrl-C ask the loop to stop after this step; a second one ends it at once.
+
+    Of many processes only SIGTERM, to any of them; outside the loop it ends them, see processes.py.
+    """
 
     def __init__(self, console: Console):
         self.console, self.received = console, False
@@ -23,6 +28,7 @@ class StopSignal:
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self.previous[number] = signal.signal(number, self._receive)
+        processes.heeded.set()
         return self
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -35,9 +41,9 @@ class StopSignal:
 
     def requested(self, step: int) -> bool:
         """Whether to stop before `step`; the same answer in all processes."""
-        if jax.process_count() == 1:
-            return self.received
-        return multihost_utils.reached_preemption_sync_point(step)
+        if jax.process_count() > 1:
+            self.received = multihost_utils.reached_preemption_sync_point(step)
+        return self.received
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():

@@ -5,13 +5,12 @@ Time that evaluations, checkpoints and compilers took is not theirs and counts n
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from apollo_jax.config import Experiment
 from apollo_jax.planning.topology import peak_flops
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.ramp import Ramp
@@ -74,18 +73,18 @@ class Throughput:
         }
 
 
-def peak_seconds(experiment: Experiment) -> float:
+def peak_seconds(experiment: Any, flops_of: Callable[[Any], float] | None = None) -> float:
     """Seconds in which these devices could do what a microbatch needs; 0 if no one says.
 
-    That are the model's FLOPs as the planner counts them, on a batch that is full, at the published
-    bf16 rate. Call it before a mesh is set.
+    That are the model's FLOPs as `flops_of` counts them, which is the planner's `model_flops`, on a
+    batch that is full, at the published bf16 rate. Call it before a mesh is set.
     """
     peak = sum(peak_flops(device.device_kind) for device in jax.devices())
     if not peak:
         return 0.0
-    from apollo_jax.planning.flops import model_flops  # nobody else needs the planner
+    from apollo_jax.planning import flops  # nobody else needs the planner
 
-    return model_flops(experiment) / peak
+    return (flops_of or flops.model_flops)(experiment) / peak
 
 
 def memory(devices: Sequence[Any]) -> dict[str, float]:

@@ -18,19 +18,19 @@ from apollo_jax import sharding
 from apollo_jax.checkpoints import local_tier, manager
 from apollo_jax.config import Experiment, load
 from apollo_jax.config_values import parse_overrides
-from apollo_jax.training import checks, processes, stages
+from apollo_jax.training import agreement, checks, processes, stages
 from apollo_jax.training.agreement import Feed
 from apollo_jax.training.answers import open_answers
-from apollo_jax.training.boards import find_wandb, open_boards
+from apollo_jax.training.boards import evaluated, find_wandb, open_boards
 from apollo_jax.training.goodput import Goodput
 from apollo_jax.training.guard import Guard
-from apollo_jax.training.held_out import evaluate
+from apollo_jax.training.held_out import check_held_out, evaluate
 from apollo_jax.training.loading import open_loader, records_of, resume
 from apollo_jax.training.meeting import meet
 from apollo_jax.training.metrics import MetricLog
 from apollo_jax.training.noise_scale import NoiseScale
 from apollo_jax.training.optimizer import Batches, rates_by_batch
-from apollo_jax.training.profiling import Tracer
+from apollo_jax.training.profiling import Tracer, listen
 from apollo_jax.training.ramp import left_out
 from apollo_jax.training.rows import agree, place, share
 from apollo_jax.training.shared_folder import refuse_apart
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     processes.add_flag(parser)
     args, rest = parser.parse_known_args(argv)
+    listen()
     experiment = load(args.config, parse_overrides(rest))
     if args.distributed:
         processes.join(args.distributed, experiment)
@@ -72,15 +73,19 @@ def train(experiment: Experiment, workdir: Path) -> bool:
     """
     goodput = Goodput()
     find_wandb(experiment.train.wandb)  # or say so now
-    tokenizer = checks.tokenizer_of(experiment)
+    table = experiment.model.llm.vocab_size
+    tokenizer = checks.tokenizer_of(experiment, table, "model.llm.vocab_size")
     begun = checks.continues(experiment, workdir)
     experiment = located(experiment, workdir, begun)
     mesh = sharding.make_mesh(experiment.mesh)
     checks.layout(experiment, mesh.shape)
     ramp = experiment.train.ramp
     loader = open_loader(experiment.data, experiment.train.num_steps, mesh, ramp)
-    processes.same("data", loader.get_state()["data"], experiment.train.join_seconds)
-    refuse_apart(workdir, experiment.train.join_seconds)
+    seconds = experiment.train.join_seconds
+    processes.same("data", loader.get_state()["data"], seconds)
+    check_held_out(experiment, mesh)
+    refuse_apart(workdir, seconds)
+    processes.same("begun", {f"whether {workdir} holds the run": begun}, seconds)
     console.quiet = jax.process_index() != 0
     needs = peak_seconds(experiment)
     with contextlib.closing(loader), jax.set_mesh(mesh):
@@ -124,10 +129,14 @@ class Run(NamedTuple):
 
 
 def loop(run: Run, start: int, state: TrainState) -> bool:
-    """Evaluate -> save (with the iterator) -> update -> the previous update's metrics."""
+    """Save (with the iterator) -> evaluate -> update -> the previous update's metrics.
+
+    A run that ended between the two evaluates when it is continued.
+    """
     train, every = run.experiment.train, run.experiment.evaluation.every
     done = stopped = False
     feed = Feed(run.loader, share(run.mesh))
+    owed = bool(start and every) and agreement.first(not evaluated(run.workdir, start))
     with contextlib.ExitStack() as stack:
         boards = open_boards(run.experiment, run.workdir, start)
         log = MetricLog(
@@ -143,7 +152,7 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
             boards=boards,
             throughput=Throughput(run.goodput, start, feed.mine.count, train.ramp, run.needs),
         )
-        answers = open_answers(run.experiment, run.workdir, run.mesh, start)
+        answers = open_answers(run.experiment, run.workdir, run.mesh, start - owed)
         checkpoints = manager.Checkpoints(run.workdir, keep=train.keep)
         tier = run.tier
         for resource in (log, checkpoints, tier):
@@ -156,27 +165,32 @@ def loop(run: Run, start: int, state: TrainState) -> bool:
         stack.enter_context(during("compile"))
         _compile_ahead(run, start)
         stack.enter_context(during("step"))
-        first = 0 if train.on_nonfinite == "rewind" and not start else start + 1  # to be saved
+        # A run that came from the local tier, or may want to go back, begins with a checkpoint.
+        latest = checkpoints.latest()
+        begins = start > latest or (train.on_nonfinite == "rewind" and not latest)
+        begins = agreement.first(begins)
         for step in range(start, train.num_steps + 1):
             done, stopped = step == train.num_steps, stop.requested(step)
-            evaluates = every and step > start and (done or step % every == 0)
-            saves = step >= first and (done or stopped or step % train.checkpoint_every == 0)
+            due = every and (done or (step % every == 0 and not stopped))
+            evaluates = due and (step > start or owed)
+            saves = done or stopped or step % train.checkpoint_every == 0
+            saves = begins if step == start else saves
             between = step > start and step % train.local_every == 0
             to = checkpoints if saves else tier if between else None
             if evaluates or to is not None:
                 log.agree()
                 state = _judged(run, step, state, log, checkpoints)
-            if evaluates:
-                with during("evaluation"):
-                    found = evaluate(run.experiment, run.mesh, run.program.eval_step, state)
-                    boards.write(step, found)
-                    if answers is not None:
-                        answers.write(step, state, boards)
             if to is not None:
                 agree(feed.mine, feed.digest)
                 with during("checkpoint"):
                     judged = {"guard": run.guard.state(), "noise": run.noise.state()}
                     to.save(step, state, run.loader.get_state() | judged)
+            if evaluates:
+                with during("evaluation"):
+                    found = evaluate(run.experiment, run.mesh, run.program.eval_step, state)
+                    if answers is not None:
+                        answers.write(step, state, boards)
+                    boards.write(step, found)
             checkpoints.check()
             if tier is not None:
                 tier.check()
@@ -275,10 +289,21 @@ def start(
         found, where, local = None, "", 0 if tier is None else tier.latest()
         with contextlib.closing(manager.Checkpoints(begun)) as checkpoints:
             if local <= checkpoints.latest():
-                found = checkpoints.restore(program.abstract)
-        if tier is not None and local > (0 if found is None else found[0]):
-            found = None  # there is no memory for two
-            found, where = tier.restore(), f" (from {tier.folder})"
+                try:
+                    found = checkpoints.restore(program.abstract)
+                except ValueError as error:
+                    if not local:
+                        raise
+                    console.print(str(error), style="yellow", soft_wrap=True, markup=False)
+            if tier is not None and local > (0 if found is None else found[0]):
+                found = None  # there is no memory for two
+                found, where = tier.restore(), f" (from {tier.folder})"
+                checkpoints.set_aside(local)
+            elif found is None and agreement.first(checkpoints.any_torn()):
+                raise ValueError(
+                    f"{begun} has no checkpoint, only damaged ones in {begun / manager.TORN}: "
+                    "bring one back that is whole, or begin again in another --workdir"
+                )
         if found is not None:
             console.print(f"continuing {begun} after step {found[0]}{where}", soft_wrap=True)
             return found

@@ -46,6 +46,18 @@ def test_they_stand_beside_the_reference(asked):
     assert any(b"samples/0" in file for file in files)
 
 
+def test_an_answer_may_hold_other_line_separators(experiment, tmp_path, monkeypatch):
+    e = experiment({"evaluation.samples": "1"})
+    mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    opened = answers.open_answers(e, tmp_path, mesh, start=0)
+    assert opened is not None
+    monkeypatch.setattr(opened, "_ask", lambda model: ["one\u2028two\x85three"])
+    monkeypatch.setattr(answers, "merge", lambda *_: None)
+    for step in (4, 8):
+        opened.write(step, state.TrainState(0, {}, {}, ()), Boards(tmp_path, primary=False))
+    assert (tmp_path / "samples.html").read_text().count("one\u2028two\x85three") == 2
+
+
 def test_none_are_asked_for_by_default(experiment, tmp_path):
     mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
     assert answers.open_answers(experiment(), tmp_path, mesh, start=0) is None

@@ -4,6 +4,7 @@
 import contextlib
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from apollo_jax import sharding
 from apollo_jax.config import load
+from apollo_jax.training.processes import Again
 from apollo_jax.training.rows import place
 from apollo_jax.training.state import create
 from apollo_jax.training.step import build
@@ -190,3 +192,97 @@ def test_updates_that_are_taken_back_leave_out_all_their_microbatches(
     assert train(rewinding, cut)
     assert losses(cut) == found
     assert bad_steps(cut) == bad_steps(rewound)
+
+
+class Remembered:
+    """A local tier in this process's memory."""
+
+    folder = Path("memory")
+
+    def __init__(self):
+        self.saved: dict[int, tuple] = {}
+
+    def save(self, step, state, data) -> None:
+        self.saved[step] = (jax.tree.map(lambda a: a.copy(), state), json.dumps(data))
+
+    def latest(self) -> int:
+        return max(self.saved, default=0)
+
+    def restore(self):
+        state, data = self.saved[self.latest()]
+        return self.latest(), jax.tree.map(lambda a: a.copy(), state), json.loads(data)
+
+    def check(self) -> None: ...
+
+    close = forget = check
+
+
+@pytest.fixture
+def tier(texts, begun, poison, monkeypatch) -> Remembered:
+    """Of the begun run, which has ended in step 6: the tier has step 5, the run's folder step 2."""
+    tier = Remembered()
+    monkeypatch.setattr("apollo_jax.training.train.local_tier.open_tier", lambda *_: tier)
+    poison(2, 6)
+    with pytest.raises(ValueError, match="the loss of step 6 is nan"):
+        train(load(f"{SMALL}:{texts}", LOCAL), begun)
+    (begun / "bad_steps.jsonl").unlink()
+    assert max(tier.saved) == 5
+    return tier
+
+
+LOCAL = {"train.local_every": "1", "train.checkpoint_every": "100"}
+
+
+def test_rewind_begins_with_a_checkpoint_wherever_it_starts_from(texts, begun, tier, poison):
+    shutil.rmtree(begun / "checkpoints" / "00000002")
+    poison(5, 7)
+    assert train(load(f"{SMALL}:{texts}", LOCAL | {"train.on_nonfinite": "rewind"}), begun)
+    assert sorted(os.listdir(begun / "checkpoints")) == ["00000005", "00000008"]
+    five, six, seven = (tier.saved[step][0].params for step in (5, 6, 7))
+    assert all(np.array_equal(five[name], seven[name]) for name in five)
+    assert not all(np.array_equal(five[name], six[name]) for name in five)
+
+
+def test_the_local_tier_stands_in_where_no_checkpoint_can_be_read(
+    texts, small_run, begun, tier, poison, capsys
+):
+    """Of step 6, which would go before it, and of step 2."""
+    checkpoints = begun / "checkpoints"
+    shutil.copytree(checkpoints / "00000002", checkpoints / "00000006")
+    for file in checkpoints.glob("*/weights/ocdbt.process_0/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    poison(5)
+    assert train(load(f"{SMALL}:{texts}", LOCAL), begun)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"no checkpoint in {begun} can be read: step 6: " in out
+    assert "after step 5 (from memory)" in out
+    assert sorted(os.listdir(begun / "torn")) == ["00000002", "00000006"]
+    assert sorted(os.listdir(checkpoints)) == ["00000005", "00000008"]
+    assert losses(begun) == losses(small_run)
+
+
+def test_what_is_damaged_stays_until_the_local_tier_has_been_read(
+    texts, begun, tier, poison, monkeypatch
+):
+    """Without it the next start would find nothing, and begin at the first step."""
+    e, checkpoints = load(f"{SMALL}:{texts}", LOCAL), begun / "checkpoints"
+    shutil.move(checkpoints / "00000002", checkpoints / "00000006")
+    for file in checkpoints.glob("*/weights/ocdbt.process_0/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    before = losses(begun)
+
+    def unreadable():
+        raise Again("a disk is gone")
+
+    monkeypatch.setattr(tier, "restore", unreadable)
+    with pytest.raises(Again):
+        train(e, begun)
+    assert os.listdir(checkpoints) == ["00000006"]
+    tier.saved.clear()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read:\n  step 6: "):
+        train(e, begun)
+    (begun / "torn").mkdir()
+    shutil.move(checkpoints / "00000006", begun / "torn")
+    with pytest.raises(ValueError, match=r"has no checkpoint, only damaged ones in .*torn: bring"):
+        train(e, begun)
+    assert losses(begun) == before

@@ -3,13 +3,22 @@
 
 import json
 import sys
+import time
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 
-from apollo_jax.training.boards import METRICS, Boards, find_wandb, forget_after, open_boards
+from apollo_jax.training.boards import (
+    METRICS,
+    Boards,
+    evaluated,
+    find_wandb,
+    forget_after,
+    open_boards,
+    whole_lines,
+)
 
 
 class FakeRun:
@@ -71,5 +80,42 @@ def test_a_line_that_was_cut_off_is_forgotten(tmp_path):
     (tmp_path / METRICS).write_text("".join(whole) + '{"step": 2, "lo')
     forget_after(tmp_path / METRICS, 2)
     assert (tmp_path / METRICS).read_text() == "".join(whole[:2])
+    (tmp_path / "samples.jsonl").write_bytes(
+        whole[0].encode() + '{"step": 2, "said": "é'.encode()[:-1]
+    )
+    forget_after(tmp_path / "samples.jsonl", 2)
+    assert (tmp_path / "samples.jsonl").read_text() == whole[0]
     forget_after(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_what_is_said_may_hold_other_line_separators(tmp_path, separator):
+    rows = [{"step": step, "answer": f"one{separator}two"} for step in (1, 2, 3)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text)
+    forget_after(tmp_path / "samples.jsonl", 2)
+    assert list(map(json.loads, whole_lines(tmp_path / "samples.jsonl"))) == rows[:2]
+
+
+def test_an_evaluation_is_found_by_its_step(tmp_path):
+    assert not evaluated(tmp_path, 4)
+    boards = Boards(tmp_path)
+    boards.write(4, {"loss": 1.0})
+    boards.write(4, {"eval/loss": 2.0})
+    boards.write(8, {"loss": 1.0})
+    boards.close()
+    assert [evaluated(tmp_path, step) for step in (4, 8, 12)] == [True, False, False]
+
+
+def test_tensorboard_is_not_far_behind(tmp_path):
+    """A process that is killed closes nothing."""
+    boards = Boards(tmp_path)
+    for step in range(1, 9):
+        boards.write(step, {f"loss/{step}": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    until = time.monotonic() + 60
+    while b"loss/8" not in events.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert b"loss/8" in events.read_bytes()
+    boards.close()

@@ -16,13 +16,15 @@ from apollo_jax import config, sharding
 from apollo_jax.checkpoints import manager
 from apollo_jax.evaluation import pictures
 from apollo_jax.models import apollo, two_towers
-from apollo_jax.training import contrastive
+from apollo_jax.training import checks, contrastive, critical_batch, throughput
 from apollo_jax.training.contrastive import Contrastive, Rates, captions, pair_sums
 from apollo_jax.training.step import build
+from apollo_jax.training.train import train
 from apollo_jax.training.weights import initial_weights
 from data_pipeline.batch import empty_batch
 from data_pipeline.frame_records import MediaInfo, ShardSpec, encode_segments
 from data_pipeline.frame_shard_writer import FrameShardWriter
+from data_pipeline.loader import SourceConfig
 from data_pipeline.tokenizer import train_sentencepiece
 
 SPEC = ShardSpec(fps=2.0, size=32)
@@ -103,6 +105,72 @@ def test_apollo_takes_the_tower_over(run, pairs, experiment_of_apollo):
 @pytest.fixture
 def experiment_of_apollo(world):
     return config.load(f"{Path(__file__).parent / 'tiny.py'}:{world}")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "softmax"])
+def test_losses_are_told_by_source_and_held_out(pairs, tmp_path, loss, monkeypatch):
+    """Of two sources, over steps of two microbatches; with MFU where the peak is known."""
+    monkeypatch.setattr(throughput, "peak_flops", {"cpu": 2e12}.get)
+    path = str(pairs / "train.jsonl")
+    few = SourceConfig(path, weight=0.2)
+    e = experiment(pairs, steps=2, loss=loss)
+    data = replace(e.data, sources={"many": SourceConfig(path), "few": few})
+    held_out = config.EvalConfig({"held": SourceConfig(path)}, every=2, batches=3)
+    e = replace(e, data=data, evaluation=held_out, train=replace(e.train, accumulate=2))
+    assert contrastive.train(e, tmp_path)
+    *steps, held = lines(tmp_path)
+    for line in steps:
+        named = {n: v for n, v in line.items() if n.startswith("target_tokens/dataset/")}
+        assert sum(named.values()) == line["target_tokens"] == 16
+        parts = [v * line[n.replace("target_tokens", "loss")] for n, v in named.items()]
+        assert sum(parts) == pytest.approx(16 * line["loss"], rel=1e-5)
+        assert line["loss/modality/video"] == pytest.approx(line["loss"], rel=1e-5)
+        assert line["mfu"] > 0
+    assert {"loss/dataset/many", "loss/dataset/few"} <= {name for line in steps for name in line}
+    assert held["eval/loss/dataset/held"] == pytest.approx(held["eval/loss"], rel=1e-5)
+    assert held["eval/target_tokens/dataset/held"] == 24
+
+
+def test_needed_flops_are_those_of_the_towers_and_of_all_pairs(pairs):
+    e = experiment(pairs)
+    twice = replace(e, data=replace(e.data, batch_size=16))
+    one, two = contrastive.pair_flops(e), contrastive.pair_flops(twice)
+    products = 6 * e.model.embedding_size
+    assert two - 2 * one == products * (16**2 - 2 * 8**2)
+    frozen = contrastive.pair_flops(replace(e, rates=Rates(0.0, 1e-3, 1e-3)))
+    assert one / 3 < frozen < one
+
+
+def test_what_does_not_fit_is_refused(pairs, tmp_path):
+    e = experiment(pairs)
+    short = replace(e, model=replace(MODEL, text=replace(MODEL.text, vocab_size=100)))
+    with pytest.raises(ValueError, match=r"table \(config\.model\.text\.vocab_size\) only 100"):
+        contrastive.train(short, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"to you:\n  --config\.data\.tokenizer=PATH"):
+        contrastive.train(replace(e, data=replace(e.data, tokenizer="")), tmp_path / "run")
+    nowhere = config.EvalConfig({"held": SourceConfig("nowhere")}, every=2)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        contrastive.train(replace(e, evaluation=nowhere), tmp_path / "run")
+    mesh = sharding.make_mesh(e.mesh)
+    state = contrastive.build(e, mesh).abstract
+    needed = checks.on_device(checks.held_bytes(state, state.params), mesh.shape)
+    contrastive.check_memory(e, state, mesh.shape, limit=needed)
+    with pytest.raises(ValueError, match=r"mesh data=8, .*; nearest that work: mesh .*fsdp=\d"):
+        contrastive.check_memory(e, state, mesh.shape, limit=needed * 0.7)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_pairs_is_no_run_of_an_apollo(run, experiment_of_apollo):
+    """Not to begin with as a whole, to fork, nor to continue; each says what it is for."""
+    said = r"a contrastive run has two towers .* --config\.init_parts\.towers\.NAME="
+    whole = replace(experiment_of_apollo, init_from=str(run))
+    with pytest.raises(ValueError, match=said):
+        initial_weights(whole, {})
+    with pytest.raises(ValueError, match=said):
+        train(experiment_of_apollo, run)
+    flags = ["--workdir", str(run), "--output", str(run / "forks"), "--tokens", "1000"]
+    with pytest.raises(ValueError, match=said):
+        critical_batch.main(flags)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "softmax"])

@@ -34,12 +34,16 @@ def softmax_matrix(x, y, scale, bias):
     return -sum(jnp.mean(jnp.diag(log_p)) for log_p in both) / 2
 
 
+def sigmoid_ring(*arguments):
+    return sigmoid_loss(*arguments).mean
+
+
 def softmax_ring(x, y, scale, bias):
     del bias
-    return softmax_loss(x, y, scale)
+    return softmax_loss(x, y, scale).mean
 
 
-LOSSES = {"sigmoid": (sigmoid_loss, sigmoid_matrix), "softmax": (softmax_ring, softmax_matrix)}
+LOSSES = {"sigmoid": (sigmoid_ring, sigmoid_matrix), "softmax": (softmax_ring, softmax_matrix)}
 
 
 def rows(count, dtype="float32"):
@@ -142,6 +146,30 @@ def test_gradients_follow_the_cotangent(name):
     with jax.set_mesh(mesh()):
         thrice = jax.jit(jax.grad(lambda *a: 3.0 * LOSSES[name][0](*a), BOTH))(*arguments)
     assert_close(thrice, [3.0 * np.asarray(d, np.float64) for d in once])
+
+
+def test_losses_of_rows():
+    """Of a row of `x` alone, or with that of its partner by the softmax; in both passes."""
+    x, y, scale, bias = (np.asarray(a, np.float64) for a in (*rows(24), *scalars()))
+    scores = scale * x @ y.T
+    z = 2 * np.eye(24) - 1
+    found = {"sigmoid": (sigmoid_loss, 4), "softmax": (softmax_loss, 3)}
+    both = [np.log(np.exp(scores).sum(axis=axis)) - np.diag(scores) for axis in (0, 1)]
+    expected = {"sigmoid": np.log1p(np.exp(-z * (scores + bias))).sum(axis=1)}
+    expected["softmax"] = sum(both) / 2
+    for name, (loss, count) in found.items():
+        arguments = (*rows(24), *scalars())[:count]
+
+        def beside(*a, loss=loss):
+            told = loss(*a)
+            return told.mean, told.rows
+
+        with jax.set_mesh(mesh()):
+            alone = jax.jit(loss)(*arguments)
+            (_, kept), _ = jax.jit(jax.value_and_grad(beside, 0, has_aux=True))(*arguments)
+        for told in (alone.rows, kept):
+            assert_close(told, expected[name], relative=1e-6)
+        assert_close(alone.mean, expected[name].mean())
 
 
 def test_retrieval_is_counted_in_both_directions():

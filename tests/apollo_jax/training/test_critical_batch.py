@@ -13,7 +13,7 @@ from apollo_jax.__main__ import run as command
 from apollo_jax.config import Experiment, LearningRates, load
 from apollo_jax.training import critical_batch
 from apollo_jax.training.optimizer import Batches, make_schedules
-from apollo_jax.training.processes import AGAIN
+from apollo_jax.training.processes import AGAIN, STOPPED
 from apollo_jax.training.train import train
 
 SMALL = Path(__file__).parent / "small.py"
@@ -67,7 +67,9 @@ def test_forks_go_on_from_the_checkpoint_and_are_done_once(begun, tmp_path, monk
     assert found["fit"]["rows"] is None
     said = " ".join(capsys.readouterr().out.split())
     assert "16 rows or more: no fork was too large" in said
-    assert "--config.train.batch_ramp=0:1,2:2 --config.train.num_steps=6" in said
+    copy = f"the run has done its 10 updates; a copy of {begun} without the checkpoints after 2 may"
+    flags_said = "--config.train.batch_ramp=0:1,2:2 --config.train.num_steps=6"
+    assert f"{copy} go on with {flags_said}" in said
     assert "curve through all losses: not determined; it takes 4 forks" in said
     assert not list(tmp_path.rglob("checkpoints"))
 
@@ -207,6 +209,29 @@ def test_two_processes_find_what_one_does_whatever_befalls_them(begun, two, tmp_
     assert found["4"] == expected | near
 
 
+STOPPED_BETWEEN = """
+import os, signal, time
+from apollo_jax.training import critical_batch
+meet, calls = critical_batch.meet, []
+def waits():
+    calls.append(1)
+    if len(calls) == 3:  # the first fork is closed, and its result is kept
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(300)
+    meet()
+critical_batch.meet = waits
+"""
+
+
+def test_told_to_stop_between_two_forks_all_end(two, tmp_path):
+    statuses, said = two(tmp_path / "two", "--batches=1,2", first=("", STOPPED_BETWEEN))
+    assert statuses == [STOPPED, STOPPED], said
+    for i, text in enumerate(said):
+        assert f"process {i} stops on a signal; there is nothing to save" in text
+    held = json.loads((tmp_path / "two/critical_batch.json").read_text())
+    assert list(held["forks"]) == ["1"]
+
+
 def test_processes_with_other_flags_are_refused(two, tmp_path):
     out = tmp_path / "out"
     other = ["--tolerance=1", f"--output={tmp_path / 'elsewhere'}"]
@@ -234,6 +259,30 @@ def test_the_last_part_of_the_window_is_the_same_rows_for_all_forks(texts):
     for b in batches:
         updates = critical_batch.forked(e, 8, b, window, "none").train.num_steps - 8
         assert updates // critical_batch.TAIL * b == window // critical_batch.TAIL
+
+
+def test_forks_take_the_rule_that_the_run_keeps(texts):
+    def rule(asked: str | None, own: str) -> str:
+        fields = {"optimizer__rate_rule": own, "optimizer__base_batch": "8"}
+        return critical_batch.rule_of(run_of(texts, **(fields if own != "none" else {})), asked)
+
+    assert [rule(None, "none"), rule("linear", "none"), rule("none", "none")] == [
+        "sqrt",
+        "linear",
+        "none",
+    ]
+    assert rule(None, "linear") == rule("linear", "linear") == "linear"
+    for asked in ("sqrt", "none"):
+        with pytest.raises(ValueError, match=rf"--rule {asked}: .*rate_rule, linear, .* leave"):
+            rule(asked, "linear")
+
+
+def test_where_no_samples_are_left_the_number_of_steps_is_left_open(texts):
+    fields = critical_batch.continuation(
+        run_of(texts), critical_batch.forked(run_of(texts), 10, 2, 8, "sqrt").optimizer, 10, 2
+    )
+    assert fields["train.batch_ramp"] == "0:1,10:2"
+    assert "train.num_steps" not in fields
 
 
 def schedule(e: Experiment):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from apollo_jax.config import load
-from apollo_jax.training.processes import AGAIN
+from apollo_jax.training.processes import AGAIN, STOPPED
 
 SMALL = Path(__file__).parent / "small.py"
 ROOT = Path(__file__).parents[3]
@@ -87,6 +87,39 @@ def test_waits_for_a_process_that_comes_late_to_its_first_step(small, begun, com
     """Later than Gloo by itself waits, which is 30 s."""
     statuses, said = company(small, begun, 2, first={1: LATE}).end()
     assert statuses == [0, 0], said
+
+
+WAITS = """
+import os, signal, time
+from apollo_jax.training import train
+def waits():
+    print("begins to wait", flush=True)
+    time.sleep(300)
+train.meet = waits
+"""
+
+
+def test_told_to_stop_before_the_loop_all_end_soon(small, begun, company):
+    """One waits at a meeting for the other; jax takes the signal from whoever gets it."""
+    two = company(small, begun, 2, first={1: WAITS})
+    while "begins to wait" not in two.all[1].stdout.readline():
+        assert two.all[1].poll() is None
+    before = sorted(begun.rglob("*"))
+    two.all[0].send_signal(signal.SIGTERM)
+    statuses, said = two.end()
+    assert statuses == [STOPPED, STOPPED], said
+    for i, text in enumerate(said):
+        assert f"process {i} stops on a signal; there is nothing to save" in text
+    assert sorted(begun.rglob("*")) == before
+
+
+def test_a_signal_for_a_trace_before_the_loop_is_kept(small, begun, company):
+    early = "import os, signal\nfrom apollo_jax.training import train\n"
+    early += "locate = train.located\n"
+    early += "train.located = lambda *a: (os.kill(os.getpid(), signal.SIGUSR1), locate(*a))[1]"
+    statuses, said = company(small, begun, 1, first={0: early}).end()
+    assert statuses == [0], said
+    assert "tracing steps 3 to 5" in said[0]
 
 
 def test_other_code_and_another_config_are_refused_by_name(small, begun, company, tmp_path):

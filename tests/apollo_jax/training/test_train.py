@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from apollo_jax.checkpoints import run
+from apollo_jax.training.stop_signal import StopSignal
 from apollo_jax.training.train import train
 from data_pipeline.tokenizer import Tokenizer
 
@@ -105,6 +106,36 @@ def test_killed_and_terminated_it_continues_bit_for_bit(start, whole, experiment
     assert train(experiment(), tmp_path)
     assert losses(tmp_path) == losses(whole)
     assert train(experiment(), tmp_path)  # nothing left to do
+    assert losses(tmp_path) == losses(whole)
+
+
+@pytest.mark.parametrize("what", ["train.evaluate", "answers.Answers.write"])
+def test_an_evaluation_that_fails_costs_no_step_and_is_made_up_for(
+    whole, experiment, tmp_path, monkeypatch, what
+):
+    """The step is saved before, and the run goes on with the evaluation that it owes."""
+
+    def fails(*_: object) -> dict:
+        raise ValueError("no memory for it")
+
+    e = experiment({"train.checkpoint_every": "4", "evaluation.samples": "1"})
+    with monkeypatch.context() as patched:
+        patched.setattr(f"apollo_jax.training.{what}", fails)
+        with pytest.raises(ValueError, match="no memory"):
+            train(e, tmp_path)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["00000004"]
+    assert train(e, tmp_path)
+    assert losses(tmp_path) == losses(whole)
+    rows = map(json.loads, (tmp_path / "samples.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows] == [4, 8]
+
+
+def test_a_signal_in_the_last_step_leaves_nothing_out(whole, experiment, tmp_path, monkeypatch):
+    def last(self: StopSignal, step: int) -> bool:
+        return step == 8
+
+    monkeypatch.setattr(StopSignal, "requested", last)
+    assert train(experiment(), tmp_path)
     assert losses(tmp_path) == losses(whole)
 
 
@@ -210,6 +241,7 @@ def test_another_config_is_refused(whole, experiment):
         ({"model.llm.vocab_size": "100"}, r"config\.model\.llm\.vocab_size\) only 100"),
         ({f"optimizer.learning_rates.{c}": "0" for c in ("llm", "connector")}, "nothing trains"),
         ({"init_from": "nowhere"}, "nowhere"),
+        ({"evaluation.sources.held out.path": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_refuses_what_does_not_fit_and_writes_nothing(experiment, tmp_path, overrides, said):
