@@ -176,7 +176,7 @@ _EXCHANGED_THERE = ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scat
 _TOO_SMALL = 2**20  # bytes: not worth a program of the SparseCores, each takes long to compile
 
 
-def compiler_options(mesh: Mesh, sparse_cores: bool = True) -> dict[str, str]:
+def compiler_options(mesh: Mesh | AbstractMesh, sparse_cores: bool = True) -> dict[str, str]:
     """What the compiler is asked for on these devices, beside its defaults.
 
     On TPUs, left to itself, it makes every gather of a weight along a long `fsdp` axis an
@@ -187,6 +187,8 @@ def compiler_options(mesh: Mesh, sparse_cores: bool = True) -> dict[str, str]:
     axis it would cut each product into as many parts as there are devices, to send one while it
     computes another: parts so thin that most of the time goes into main memory.
     """
+    if isinstance(mesh, AbstractMesh):  # for shapes alone
+        return {}
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return {}
