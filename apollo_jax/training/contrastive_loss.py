@@ -157,19 +157,20 @@ def _sigmoid_value(ring: Ring, x: Rows, y: Rows, scale: Scalar, bias: Scalar) ->
 
 def _sigmoid_gradients(ring: Ring, x: Rows, y: Rows, scale: Scalar, bias: Scalar) -> tuple:
     def visit(stop: Any, sums: tuple, their_y: Rows, their_x: Rows) -> tuple:
-        dx, dy, by_row, dscale, dbias = sums
+        dx, dy, total, by_row, dscale, dbias = sums
         products = _products(x, their_y)
         loss, slopes = _sigmoid(scale * products + bias, _pairs(x, stop))
         dscale += jnp.sum(slopes * products)
         dx += _gather(slopes, their_y)
         _, mirrored = _sigmoid(scale * _products(y, their_x) + bias, _pairs(x, stop))
         dy += _gather(mirrored, their_x)
-        return dx, dy, by_row + jnp.sum(loss, axis=1), dscale, dbias + jnp.sum(slopes)
+        total, by_row = total + jnp.sum(loss), by_row + jnp.sum(loss, axis=1)
+        return dx, dy, total, by_row, dscale, dbias + jnp.sum(slopes)
 
     zero = jnp.zeros(())
-    sums = (*_zeros(x, y), jnp.zeros(x.shape[0]), zero, zero)
-    dx, dy, by_row, *slopes = ring.travel(visit, sums, y, x)
-    means = tuple(ring.mean(s, x) for s in (jnp.sum(by_row), *slopes))
+    sums = (*_zeros(x, y), zero, jnp.zeros(x.shape[0]), zero, zero)
+    dx, dy, total, by_row, *slopes = ring.travel(visit, sums, y, x)
+    means = tuple(ring.mean(s, x) for s in (total, *slopes))
     return (*_per_row(ring, scale, dx, dy, x), by_row), means
 
 
