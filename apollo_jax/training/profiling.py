@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -39,8 +40,13 @@ def listen() -> Any:
     Who is sent a signal that nobody takes dies of it, and what comes before the steps takes long.
     """
     if threading.current_thread() is threading.main_thread():
-        return signal.signal(signal.SIGUSR1, lambda *_: vars(_signal).update(asked=True))
+        return signal.signal(signal.SIGUSR1, _ask)
     return None
+
+
+def _ask(number: int, frame: FrameType | None) -> None:
+    del number, frame
+    _signal.asked = True
 
 
 class Tracer:

@@ -36,6 +36,15 @@ def test_field_names(tmp_path, fields):
     assert question.answer == 1
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_question_may_hold_other_line_separators(tmp_path, separator):
+    asked = f"What?{separator}And why?"
+    line = json.dumps(GOOD | {"question": asked}, ensure_ascii=False)
+    (tmp_path / "test.jsonl").write_text(f"{line}\n")
+    (question,) = benchmark.load("multiple_choice", tmp_path).questions
+    assert question.question == asked
+
+
 def test_media_are_relative_to_the_file(tmp_path):
     (tmp_path / "v").mkdir()
     (tmp_path / "v/1.mp4").touch()
